@@ -1,0 +1,1 @@
+"""Before the run: `(loras, weights, *, options) -> Lora`, one method per file."""

@@ -1,0 +1,58 @@
+"""What a route method sees and what it answers: `plan(moment) -> list[Pass]`.
+
+A plan may also carry `plan.combine(outputs, moment) -> prediction`, which replaces the weighted mean of the passes;
+`outputs` is the list of the passes' predictions in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One call of the denoiser (or one token).
+
+    step     0-based step that is being run; an image-to-image run starts at 0 too
+    steps    number of steps of this run
+    t        the timestep as the denoiser gets it, a float
+    sigma    noise level of the step where the scheduler has one, else None
+    weights  [loras] the users' weights at this step, schedules applied
+    cards    [loras] the LoRAs' cards (name, category, triggers)
+    text     the prompt encodings by row, for methods that look at words; None where there is no prompt
+    """
+
+    step: int
+    steps: int
+    t: float
+    sigma: float | None
+    weights: tuple[float, ...]
+    cards: tuple[Any, ...] = ()
+    text: Any = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the model.
+
+    row   [loras] factor of each LoRA in this pass (the user's weight times what the method does with it), or a gate:
+          a callable `gate(path, x) -> row` that every adapted layer asks
+    mix   the pass's share of the prediction; None means 1 / passes. May be negative
+    text  which prompt encoding the pass runs on: "own" (that of its row) or "base" (no LoRA in the text encoder)
+    """
+
+    row: Sequence[float] | Any
+    mix: float | None = None
+    text: str = "own"
+
+
+def one_hot(weights: Sequence[float], index: int) -> tuple[float, ...]:
+    """[loras] the user's weight at `index`, zero elsewhere."""
+    return tuple(w if i == index else 0.0 for i, w in enumerate(weights))
+
+
+def shares(passes: Sequence[Pass]) -> list[float]:
+    """[passes] the mix of each pass, with 1 / passes where it gave none."""
+    return [1.0 / len(passes) if p.mix is None else float(p.mix) for p in passes]
