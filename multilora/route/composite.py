@@ -15,7 +15,7 @@ from multilora.plan import Moment, Pass, one_hot
     title="One pass per LoRA, predictions averaged: clean blends, each LoRA has 1/k of its effect",
     paper="https://arxiv.org/abs/2402.16843",
     cost="k",
-    laws=("single", "zero", "gauge", "permutation", "mean_of_equals", "linear"),
+    laws=("single", "zero", "gauge", "permutation", "linear"),
 )
 def composite(
     loras,

@@ -14,7 +14,7 @@ from multilora.plan import Moment, Pass, one_hot
     title="Base plus every LoRA's own change of the prediction: full effect, no interference in the weights",
     paper="multilora",
     cost="k + 1",
-    laws=("single", "zero", "gauge", "permutation", "mean_of_equals"),
+    laws=("single", "zero", "gauge", "permutation", "linear"),
 )
 def sum_of_differences(
     loras,

@@ -10,7 +10,7 @@ from multilora.plan import Moment, Pass, one_hot
     title="One LoRA per step, in turn: no interference, each LoRA gets 1/k of the steps",
     paper="https://arxiv.org/abs/2402.16843",
     cost="1",
-    laws=("single", "zero", "gauge", "mean_of_equals"),
+    laws=("single", "zero", "gauge"),
 )
 def switch(
     loras,

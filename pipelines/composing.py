@@ -1,0 +1,214 @@
+"""`composing`: several LoRAs in any diffusers pipeline for the length of a block."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from multilora import files
+from multilora.attach import attached, loaded
+from multilora.lora import Lora
+from multilora.method import Bound, Method, resolve
+from multilora.pipelines.clock import step_clock
+from multilora.pipelines.denoise import Conductor, intercepted
+from multilora.pipelines.load import find_lora
+from multilora.pipelines.members import Member, read_mask
+from multilora.pipelines.prompt import Encodings
+from multilora.schedule import Schedule
+
+DENOISERS = ("unet", "transformer")
+# One composition at a time on a model: a second thread waits instead of mixing its LoRAs in.
+_LANES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_LANES_LOCK = threading.Lock()
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """Component name and module of a pipeline's denoiser. Raises ValueError when it has none of the known ones."""
+    for name in DENOISERS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise ValueError(f"{type(pipe).__name__} has no denoiser: wanted a component named {' or '.join(DENOISERS)}")
+
+
+def lane(module: nn.Module) -> Any:
+    """The lock that lets one composition at a time use a model; the same thread may take it again."""
+    with _LANES_LOCK:
+        return _LANES.setdefault(module, threading.RLock())
+
+
+def member(
+    pipe: Any,
+    lora: Any,
+    *,
+    name: str | None = None,
+    weight: Any = None,
+    text_encoder_weight: float | None = None,
+    blocks: Mapping[str, float] | None = None,
+    positive_only: bool = False,
+    mask: Any = None,
+) -> Member:
+    """A Member from a Lora, a path, a library name, or the name of an adapter that diffusers loaded into `pipe`.
+
+    The options are checked here, before anything is attached; see Member for what they mean. Raises ValueError naming
+    the option, its value and what is allowed.
+    """
+    reference = ""
+    if isinstance(lora, Member):
+        return lora
+    if not isinstance(lora, Lora):
+        reference = str(lora)
+        adapters = adapters_of(pipe)
+        if reference in adapters:
+            lora, own = adapters[reference]
+            weight = own if weight is None else weight
+            name = name or reference
+        else:
+            path, entry = find_lora(lora)
+            lora = files.load(path, base=pipe, name=entry["name"] if entry else None)
+            if entry:
+                card = lora.card
+                triggers = card.triggers or (entry["trigger"],)
+                lora = lora.replace(card=card.replace(category=card.category or entry["category"], triggers=triggers))
+                reference = entry["name"]
+    else:
+        files.fits(lora, pipe)
+    name = name or lora.card.name or Path(reference).stem or "lora"
+    if text_encoder_weight is not None:
+        try:
+            constant = Schedule.parse(text_encoder_weight).constant
+        except ValueError as error:
+            raise ValueError(f"text_encoder_weight of LoRA {name!r}: {error}") from None
+        if constant is None:
+            raise ValueError(f"text_encoder_weight of LoRA {name!r}: a number is wanted, got {text_encoder_weight!r}")
+        text_encoder_weight = constant
+    try:
+        schedule = Schedule.parse(1.0 if weight is None else weight)
+    except ValueError as error:
+        raise ValueError(f"weight of LoRA {name!r}: {error}") from None
+    factors = {}
+    for pattern, factor in (blocks or {}).items():
+        try:
+            constant = Schedule.parse(factor).constant
+        except ValueError as error:
+            raise ValueError(f"block {pattern!r} of LoRA {name!r}: {error}") from None
+        if constant is None:
+            raise ValueError(f"block {pattern!r} of LoRA {name!r}: a number is wanted, got {factor!r}")
+        factors[str(pattern)] = constant
+    grid, mask_reference = read_mask(mask, name)
+    return Member(
+        lora, name, schedule, text_encoder_weight, factors, bool(positive_only), grid, reference, mask_reference
+    )
+
+
+def adapters_of(pipe: Any) -> dict[str, tuple[Lora, float]]:
+    """The LoRAs that diffusers loaded into a pipeline, by adapter name, over all its components, with their weights."""
+    found: dict[str, tuple[Lora, float]] = {}
+    for component in (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3"):
+        module = getattr(pipe, component, None)
+        if not isinstance(module, nn.Module):
+            continue
+        for name, (lora, weight) in loaded(module, component).items():
+            if name in found:
+                both, first = found[name]
+                found[name] = (Lora({**both, **lora}, both.card), first)
+            else:
+                found[name] = (lora, weight)
+    return found
+
+
+def members_of(pipe: Any, loras: Any, weights: Any = None) -> list[Member]:
+    """A list of Members from a list or a dict of LoRAs (None: those loaded into the pipeline), with their weights."""
+    if loras is None:
+        loras = list(adapters_of(pipe))
+        if not loras:
+            raise ValueError("no LoRAs given, and none are loaded in the pipeline; pass a list of LoRAs or paths")
+    if isinstance(loras, (Lora, Member, str, Path)):
+        loras = [loras]
+    names: Sequence[str | None] = list(loras) if isinstance(loras, Mapping) and not isinstance(loras, Lora) else []
+    items = list(loras.values()) if names else list(loras)
+    weights = [None] * len(items) if weights is None else list(weights)
+    if len(weights) != len(items):
+        raise ValueError(f"weights: {len(weights)} values for {len(items)} LoRAs, wanted one each")
+    names = names or [None] * len(items)
+    return [member(pipe, x, name=n, weight=w) for x, n, w in zip(items, names, weights, strict=True)]
+
+
+@contextlib.contextmanager
+def composing(
+    pipe: Any,
+    loras: Any = None,
+    method: str | Method | Bound = "merge",
+    *,
+    weights: Sequence[Any] | None = None,
+    text_encoder: str = "per_row",
+    scale: float = 1.0,
+    form: str = "auto",
+    passes_per_call: int | None = None,
+    cancel: Any = None,
+    **options: Any,
+) -> Iterator[Conductor | None]:
+    """Every picture that `pipe` makes in the block is composed of the LoRAs by the method.
+
+        with composing(pipe, ["fox.safetensors", "robe.safetensors"], "switch", every=5):
+            image = pipe(prompt, num_inference_steps=30).images[0]
+
+    loras            Loras, Members, paths or library names; a dict gives names; None takes over the adapters that
+                     diffusers loaded
+    weights          one number or schedule string per LoRA
+    text_encoder     "per_row", "all", "first", "none": see pipelines.prompt.Encodings
+    scale            one factor on every weight (the published code's global LoRA scale)
+    form             "auto", "side", "rebuilt", "bank": see multilora.attach
+    passes_per_call  passes run as one batch, default all
+    cancel           an object with `is_set()`; when set, the next run raises Cancelled
+    options          of the method
+
+    Yields the Conductor, or None when no LoRA has a weight other than 0: then the model is untouched. Everything is
+    undone when the block ends, however it ends. Raises ValueError for bad arguments before anything is attached.
+    """
+    component, denoiser = denoiser_of(pipe)
+    bound = resolve("route", method, **options)
+    if passes_per_call is not None and (isinstance(passes_per_call, bool) or int(passes_per_call) < 1):
+        raise ValueError(f"passes_per_call={passes_per_call!r}: wanted a whole number of at least 1, or None for all")
+    if not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
+        raise ValueError(f"scale={scale!r}: a finite number is wanted")
+    members = [m.scaled(float(scale)) for m in members_of(pipe, loras, weights)]
+    members = [m for m in members if not m.weight.is_zero]
+    encodings = Encodings(pipe, denoiser, members, text_encoder)
+    if not members:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lane(denoiser))
+        bank = stack.enter_context(
+            attached(
+                denoiser,
+                [m.lora for m in members],
+                component=component,
+                form=form,
+                blocks=[dict(m.blocks) or None for m in members],
+            )
+        )
+        clock = stack.enter_context(step_clock(pipe.scheduler))
+        stack.enter_context(encodings.listening())
+        conductor = Conductor(
+            denoiser,
+            bank,
+            members,
+            bound,
+            clock,
+            encodings,
+            passes_per_call=passes_per_call,
+            cancel=cancel,
+            guided=lambda: bool(getattr(pipe, "do_classifier_free_guidance", False)),
+        )
+        stack.enter_context(intercepted(denoiser, conductor))
+        yield conductor
+
+

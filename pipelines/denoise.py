@@ -1,0 +1,352 @@
+"""The denoiser, conducted: one call of the pipeline's denoiser becomes the plan's passes and their mean.
+
+The call is intercepted at the class (an instance gets a subclass whose `__call__` is ours), not at `forward`:
+accelerate's and diffusers' offload hooks replace `forward` and drop whatever stood there after each picture, and
+torch.compile guards on it. Inside a pass the module has its own class again, so nothing underneath sees us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multilora.method import Bound
+from multilora.pipelines import inputs
+from multilora.pipelines.members import Member, fit_mask
+from multilora.pipelines.prompt import Encodings
+from multilora.plan import Moment, Pass, shares
+
+
+class Cancelled(RuntimeError):
+    """The run was cancelled; there is no picture."""
+
+
+@functools.cache
+def _conducted(cls: type) -> type:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        conduct = self.__dict__["__multilora_conduct__"]
+
+        def model(*args: Any, **kwargs: Any) -> Any:
+            own = type(self)
+            self.__class__ = cls
+            try:
+                return self(*args, **kwargs)
+            finally:
+                self.__class__ = own
+
+        return conduct(model, args, kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": __call__, "__multilora_of__": cls, "__module__": cls.__module__})
+
+
+@contextlib.contextmanager
+def intercepted(module: nn.Module, conduct: Callable[[Callable, tuple, dict], Any]) -> Iterator[None]:
+    """Send calls of `module` to `conduct(model, args, kwargs)`, where `model` is the module as it was.
+
+    Raises RuntimeError when the module is intercepted already.
+    """
+    cls = type(module)
+    if hasattr(cls, "__multilora_of__"):
+        raise RuntimeError(f"{cls.__name__} already runs a composition; finish that one first")
+    module.__dict__["__multilora_conduct__"] = conduct
+    module.__class__ = _conducted(cls)
+    try:
+        yield
+    finally:
+        module.__class__ = cls
+        module.__dict__.pop("__multilora_conduct__", None)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the model: the row (or gate) and the text-encoder row that it takes."""
+
+    row: Any
+    text: tuple[float, ...]
+
+
+class Conductor:
+    """Runs a bound route method on a denoiser with an attached bank. State lives for one composition.
+
+    passes_per_call  how many passes may run as one batch; None for all of them
+    cancel           an object with `is_set()`, read before every run
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        bank: Any,
+        members: Sequence[Member],
+        bound: Bound,
+        clock: Any,
+        encodings: Encodings,
+        *,
+        passes_per_call: int | None = None,
+        cancel: Any = None,
+        guided: Callable[[], bool] = lambda: False,
+    ):
+        inner = getattr(denoiser, "_orig_mod", denoiser)
+        self.forward = inner.forward
+        self.table = inputs.inputs_of(denoiser)
+        self.family = inputs.class_name(denoiser)
+        self.bank, self.members, self.bound, self.clock, self.encodings = bank, list(members), bound, clock, encodings
+        self.passes_per_call, self.cancel, self.guided = passes_per_call, cancel, guided
+        self.calls = 0
+        self.passes: list[int] = []  # model runs per step of the current picture
+        self._plan: Any = None
+        self._masks: dict[int, Tensor] = {}
+        self._where = (-1, -1)
+        positive = [m.name for m in self.members if m.positive_only]
+        if positive and self.table is None:
+            raise ValueError(
+                f"positive_only of LoRA {positive[0]!r}: {self.family} is not in the table of denoiser arguments, so "
+                f"its negative half is unknown; known are {', '.join(sorted(inputs.TABLE))}"
+            )
+
+    def __call__(self, model: Callable, args: tuple, kwargs: dict) -> Any:
+        arguments = inputs.bound_arguments(self.forward, args, kwargs)
+        self._check_cancel()
+        step = self.clock.call(arguments.get("timestep"))
+        new_picture = len(self.clock.calls) == 1 or self._plan is None
+        if new_picture:
+            self._plan = self.bound([m.lora for m in self.members])
+            self._masks.clear()
+            self.passes.clear()
+            self._where = (-1, -1)
+            self.bank.reset_calls()
+        self.encodings.used = True
+        # Position of this call among the calls between two scheduler steps: 1 is the separate negative call.
+        key, seen = self._where
+        self._where = (self.clock.advances, seen + 1 if key == self.clock.advances else 0)
+        moment = Moment(
+            step,
+            self.clock.steps,
+            self.clock.t,
+            self.clock.sigma,
+            tuple(m.weight.at(step, self.clock.steps, self.clock.sigma) for m in self.members),
+            tuple(m.lora.card for m in self.members),
+            self.encodings,
+        )
+        passes = self._plan(moment)
+        result = self._perform(model, arguments, passes, moment)
+        self.calls += 1
+        if new_picture:
+            self.bank.check_called()
+        return result
+
+    def _check_cancel(self) -> None:
+        if self.cancel is not None and self.cancel.is_set():
+            raise Cancelled(f"cancelled before call {self.calls + 1} of the denoiser")
+
+    # -- from passes to runs ------------------------------------------------------------------------------------
+
+    def _perform(self, model: Callable, arguments: dict, passes: Sequence[Pass], moment: Moment) -> Any:
+        runs: list[_Run] = []
+        parts = [self._runs_of(p, moment, runs) for p in passes]
+        outputs = self._run_all(model, arguments, runs)
+        self.passes.append(len(runs))
+        predictions = [self._masked(outputs, part, arguments) for part in parts]
+        combine = getattr(self._plan, "combine", None)
+        if combine is not None:
+            mixed = combine(predictions, moment)
+        else:
+            mixed = _mean(predictions, shares(passes))
+        return _answer(outputs[parts[0][0]], mixed)
+
+    def _runs_of(self, p: Pass, moment: Moment, runs: list[_Run]) -> list[Any]:
+        """Index of the pass's run without masked LoRAs, then (members' mask, index) for each distinct mask."""
+        if callable(p.row):
+            if any(m.mask is not None for m in self.members):
+                raise ValueError(f"masks need a method with plain rows; {self.bound.record.name} uses a gate")
+            return [_index(runs, _Run(p.row, self._text(p, moment.weights, moment)))]
+        row = tuple(float(v) for v in p.row)
+        if len(row) != len(self.members):
+            raise ValueError(
+                f"method {self.bound.record.name}: a pass's row has {len(row)} entries for {len(self.members)} LoRAs"
+            )
+        groups: dict[int, list[int]] = {}
+        for i, m in enumerate(self.members):
+            if m.mask is not None and row[i] != 0.0:
+                groups.setdefault(self._same_mask(i), []).append(i)
+        masked = {i for group in groups.values() for i in group}
+        plain = tuple(0.0 if i in masked else v for i, v in enumerate(row))
+        part: list[Any] = [_index(runs, _Run(plain, self._text(p, plain, moment)))]
+        for owner, group in groups.items():
+            inside = tuple(v if i in group or i not in masked else 0.0 for i, v in enumerate(row))
+            part.append((owner, _index(runs, _Run(inside, self._text(p, inside, moment)))))
+        return part
+
+    def _same_mask(self, i: int) -> int:
+        mask = self.members[i].mask
+        for j in range(i):
+            other = self.members[j].mask
+            if other is not None and other.shape == mask.shape and torch.equal(other, mask):
+                return j
+        return i
+
+    def _text(self, p: Pass, row: Sequence[float], moment: Moment) -> tuple[float, ...]:
+        if not self.encodings.swaps or p.text == "base":
+            return self.encodings.row([0.0] * len(self.members))
+        return self.encodings.row([r / w if w else 0.0 for r, w in zip(row, moment.weights, strict=True)])
+
+    def _masked(self, outputs: list[Any], part: list[Any], arguments: dict) -> Any:
+        base = _prediction(outputs[part[0]])
+        result = base
+        for owner, index in part[1:]:
+            mask = self._mask(owner, arguments)
+            inside = _prediction(outputs[index])
+            result = _map(
+                lambda r, b, x, m=mask: torch.where(m.to(r) == 0, r, r + m.to(r) * (x - b)), result, base, inside
+            )
+        return result
+
+    def _mask(self, owner: int, arguments: dict) -> Tensor:
+        if owner not in self._masks:
+            if self.table is None:
+                raise ValueError(f"mask of LoRA {self.members[owner].name!r}: {self.family} is not in the table")
+            size = inputs.grid(self.table, arguments)
+            fitted = fit_mask(self.members[owner].mask, size, self.members[owner].name)
+            self._masks[owner] = inputs.spread(self.table, fitted)
+        return self._masks[owner]
+
+    # -- running the model --------------------------------------------------------------------------------------
+
+    def _run_all(self, model: Callable, arguments: dict, runs: list[_Run]) -> list[Any]:
+        gates = any(callable(r.row) for r in runs)
+        if gates or not inputs.batchable(self.table, arguments):
+            outputs = []
+            for i, run in enumerate(runs):
+                self._check_cancel()
+                own = arguments if i == len(runs) - 1 else inputs.copied(arguments)
+                outputs.append(self._run_batch(model, own, [run])[0])
+            return outputs
+        size = self.passes_per_call or len(runs)
+        outputs = []
+        for start in range(0, len(runs), size):
+            self._check_cancel()
+            outputs += self._run_batch(model, arguments, runs[start : start + size])
+        return outputs
+
+    def _run_batch(self, model: Callable, arguments: dict, runs: list[_Run]) -> list[Any]:
+        halves = self._halves(arguments)
+        arguments = self._with_text(arguments, runs, halves)
+        times = len(runs)
+        positive = [m.positive_only for m in self.members]
+        if callable(runs[0].row):
+            self.bank.gate = runs[0].row
+        else:
+            self.bank.gate = None
+            rows = [[self._positive(r.row, h, positive) for h in halves] for r in runs]
+            flat = [row for per_run in rows for row in per_run]
+            same = all(row == flat[0] for row in flat)
+            self.bank.row = flat[0] if same else torch.tensor(flat, dtype=torch.float64)
+        if times == 1:
+            return [model(**arguments)]
+        repeated = {
+            n: inputs.repeat(v, times) if n in self.table.per_sample else v for n, v in arguments.items()
+        }
+        for path in self._texted(arguments):  # already holds every run's own encoding
+            inputs.put(repeated, path, inputs.get(arguments, path))
+        return _split(model(**repeated), times)
+
+    @staticmethod
+    def _positive(row: Sequence[float], half: str, positive: Sequence[bool]) -> tuple[float, ...]:
+        if half != "negative" or not any(positive):
+            return tuple(row)
+        return tuple(0.0 if only else v for v, only in zip(row, positive, strict=True))
+
+    def _halves(self, arguments: dict) -> list[str]:
+        """[B] "negative" or "positive" for each sample of this call."""
+        if self.table is None:
+            return [""]
+        batch = arguments[self.table.sample].shape[0]
+        if self.table.negative == "second":
+            return ["negative" if self._where[1] % 2 == 1 else "positive"] * batch
+        pictures = self.encodings.pictures
+        guided = batch == 2 * pictures if pictures else self.guided() and batch % 2 == 0
+        return ["negative"] * (batch // 2) + ["positive"] * (batch // 2) if guided else ["positive"] * batch
+
+    def _texted(self, arguments: dict) -> list[str]:
+        if not self.encodings.swaps or self.table is None or not self.encodings.calls:
+            return []
+        return [path for path in self.table.text if inputs.get(arguments, path) is not None]
+
+    def _with_text(self, arguments: dict, runs: list[_Run], halves: list[str]) -> dict:
+        """The arguments with each run's own prompt encoding, concatenated over runs."""
+        paths = self._texted(arguments)
+        if not paths:
+            return arguments
+        arguments = dict(arguments)
+        positive = [m.positive_only for m in self.members]
+        for path in paths:
+            name = self.table.text[path]
+            blocks = []
+            for run in runs:
+                if self.table.negative == "second":
+                    call = 1 if halves[0] == "negative" else 0
+                    row = self._positive(run.text, halves[0], positive)
+                    blocks.append(self.encodings.get(row, call)[name])
+                    continue
+                if halves[0] == "negative":
+                    row = self._positive(run.text, "negative", positive)
+                    blocks.append(self.encodings.get(row)[f"negative_{name}"])
+                blocks.append(self.encodings.get(run.text)[name])
+            like = inputs.get(arguments, path)
+            inputs.put(arguments, path, torch.cat(blocks).to(like))
+        return arguments
+
+
+def _index(runs: list[_Run], run: _Run) -> int:
+    if run not in runs:
+        runs.append(run)
+    return runs.index(run)
+
+
+def _prediction(output: Any) -> Any:
+    """The prediction in an output: a tuple's first entry, a BaseOutput's first field, a list or a tensor itself."""
+    if isinstance(output, (Tensor, list)):
+        return output
+    return output[0]
+
+
+def _map(fn: Callable, *predictions: Any) -> Any:
+    if isinstance(predictions[0], list):
+        return [fn(*each) for each in zip(*predictions, strict=True)]
+    return fn(*predictions)
+
+
+def _mean(predictions: Sequence[Any], mix: Sequence[float]) -> Any:
+    """Sum of mix * prediction; one prediction at share 1 is handed through untouched."""
+    if len(predictions) == 1 and mix[0] == 1.0:
+        return predictions[0]
+    total = _map(lambda p: p * mix[0], predictions[0])
+    for p, share in zip(predictions[1:], mix[1:], strict=True):
+        total = _map(lambda a, b, s=share: a + b * s, total, p)
+    return total
+
+
+def _answer(like: Any, prediction: Any) -> Any:
+    """`prediction` in the container that the model gave: tensor, list, tuple or BaseOutput."""
+    if isinstance(like, (Tensor, list)):
+        return prediction
+    if isinstance(like, tuple):
+        return (prediction, *like[1:])
+    first = next(iter(like.keys()))
+    return type(like)(**{**like, first: prediction})
+
+
+def _split(output: Any, times: int) -> list[Any]:
+    """An output over [times * B] samples as `times` outputs over [B]."""
+    if isinstance(output, list):
+        size = len(output) // times
+        return [output[i * size : (i + 1) * size] for i in range(times)]
+    chunks = _prediction(output)
+    if isinstance(chunks, list):
+        return [_answer(output, part) for part in _split(chunks, times)]
+    return [_answer(output, part) for part in chunks.chunk(times)]

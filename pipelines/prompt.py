@@ -1,0 +1,128 @@
+"""Prompt encodings: one per distinct row of text-encoder weights, swapped in by the denoiser hook.
+
+The pipeline calls its own `encode_prompt` as always; we stand in front of it for one composition, remember how it was
+called, and call it again under another row when a pass needs that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from multilora.attach import attached
+from multilora.method import unknown
+from multilora.pipelines.inputs import encodings_of
+from multilora.pipelines.members import Member
+
+MODES = ("per_row", "all", "first", "none")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+class Encodings:
+    """The encodings of one picture's prompts by row.
+
+    mode  "per_row": each pass runs on the prompt encoded under its own LoRAs; "all", "first", "none": one encoding
+          for every pass, under all LoRAs, the first one, or none (the published code has "all" in Composite and
+          "first" in Switch).
+    """
+
+    def __init__(self, pipe: Any, denoiser: Any, members: Sequence[Member], mode: str = "per_row"):
+        if mode not in MODES:
+            raise unknown("text_encoder mode", mode, MODES)
+        self.pipe, self.denoiser, self.members, self.mode = pipe, denoiser, list(members), mode
+        present = [c for c in TEXT_ENCODERS if getattr(pipe, c, None) is not None]
+        self.components = [c for c in present if any(m.lora.part(c) for m in self.members)]
+        self.calls: list[tuple[tuple, dict]] = []
+        self._cache: dict[tuple[int, tuple[float, ...]], dict[str, Tensor]] = {}
+        self._fallback = ""
+        self.pictures = 0  # pictures that the pipeline encodes for, 0 while unknown
+        self.used = False  # set by the denoiser: the next encode_prompt belongs to a new picture
+
+    @property
+    def swaps(self) -> bool:
+        """Whether passes with different rows have different encodings at all."""
+        return bool(self.components) and self.mode == "per_row" and not self._fallback
+
+    def row(self, active: Sequence[float]) -> tuple[float, ...]:
+        """[loras] text-encoder weights when LoRA i is in the pass with share active[i] of its weight."""
+        texted = [any(m.lora.part(c) for c in self.components) for m in self.members]
+        return tuple(
+            m.text_weight * a if has else 0.0 for m, a, has in zip(self.members, active, texted, strict=True)
+        )
+
+    def _start_row(self) -> tuple[float, ...]:
+        k = len(self.members)
+        first = [1.0] + [0.0] * (k - 1)
+        return self.row({"first": first, "none": [0.0] * k}.get(self.mode, [1.0] * k))
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Encodings]:
+        """Stand in front of `pipe.encode_prompt` for the block."""
+        original = getattr(self.pipe, "encode_prompt", None)
+        if original is None:
+            if self.components:
+                self._fall_back("this pipeline has no encode_prompt")
+            yield self
+            return
+        had = self.pipe.__dict__.get("encode_prompt")
+
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            return self._first_encoding(original, args, kwargs)
+
+        self.pipe.__dict__["encode_prompt"] = encode_prompt
+        self._original = original
+        try:
+            yield self
+        finally:
+            if had is None:
+                self.pipe.__dict__.pop("encode_prompt", None)
+            else:
+                self.pipe.__dict__["encode_prompt"] = had
+
+    def _restart(self) -> None:
+        self.calls.clear()
+        self._cache.clear()
+        self._fallback = ""
+        self.pictures, self.used = 0, False
+
+    def _fall_back(self, why: str) -> None:
+        if not self._fallback and self.mode == "per_row":
+            warnings.warn(f"text_encoder='per_row' is not possible here: {why}. Running as 'all'.", stacklevel=3)
+        self._fallback = why
+
+    def _first_encoding(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.used:
+            self._restart()
+        row = self._start_row()
+        given = [v for n, v in kwargs.items() if n.endswith("prompt_embeds") and v is not None]
+        if given and self.components:
+            self._fall_back("the prompt came as embeddings, so the LoRAs' text-encoder parts cannot act on it")
+        returned = self._encode(original, args, kwargs, row)
+        named = encodings_of(self.denoiser, returned)
+        if named is not None:
+            self._cache[len(self.calls), row] = named
+            self.pictures = self.pictures or named["prompt_embeds"].shape[0]
+        elif self.components:
+            self._fall_back(f"{type(self.pipe).__name__} is not in the table of prompt encodings")
+        self.calls.append((args, kwargs))
+        return returned
+
+    def _encode(self, original: Callable, args: tuple, kwargs: dict, row: tuple[float, ...]) -> Any:
+        with contextlib.ExitStack() as stack:
+            for component in self.components:
+                model = getattr(self.pipe, component)
+                bank = stack.enter_context(attached(model, [m.lora for m in self.members], component=component))
+                bank.row = row
+            return original(*args, **kwargs)
+
+    def get(self, row: tuple[float, ...], call: int = 0) -> dict[str, Tensor]:
+        """Encoding by name of the prompt of `encode_prompt`'s call number `call`, under the given row."""
+        key = (call, row)
+        if key not in self._cache:
+            args, kwargs = self.calls[call]
+            self._cache[key] = encodings_of(self.denoiser, self._encode(self._original, args, kwargs, row))
+        return self._cache[key]
