@@ -108,7 +108,7 @@ def member(
 
 
 def adapters_of(pipe: Any) -> dict[str, tuple[Lora, float]]:
-    """The LoRAs that diffusers loaded into a pipeline, by adapter name, over all its components, with their weights."""
+    """The LoRAs that diffusers loaded into a pipeline, by adapter name, with their weights."""
     found: dict[str, tuple[Lora, float]] = {}
     for component in (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3"):
         module = getattr(pipe, component, None)

@@ -229,7 +229,7 @@ class Composer:
                 callback_on_step_end=step_end,
             ).images
             if conductor is not None and conductor.calls == 0:
-                raise RuntimeError("the pipeline never called its denoiser through the composition; nothing was composed")
+                raise RuntimeError("the pipeline never called its denoiser; nothing was composed")
             recipe = Recipe(
                 prompt=prompt,
                 negative_prompt=negative_prompt or "",
@@ -273,7 +273,7 @@ class Composer:
             own = self.loras.get(use.name)
             source = use.reference or (own.lora if own else None)
             if source is None:
-                raise ValueError(f"LoRA {use.name!r} of the recipe has no file; add it to this composer under that name")
+                raise ValueError(f"LoRA {use.name!r} of the recipe has no file; add it under that name first")
             again.add(
                 source,
                 name=use.name,

@@ -30,7 +30,9 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_pipeline(base: str | Path = EMBEDDED, *, torch_dtype: Any = None, device: str | None = None, **kwargs: Any) -> Any:
+def load_pipeline(
+    base: str | Path = EMBEDDED, *, torch_dtype: Any = None, device: str | None = None, **kwargs: Any
+) -> Any:
     """A diffusers pipeline from "embedded", a folder or a hub id, on a device.
 
     torch_dtype defaults to float32 on a CPU and for the embedded base, bfloat16 elsewhere. Raises ValueError when
@@ -72,7 +74,7 @@ def library() -> dict[str, dict[str, Any]]:
     folder = assets() / "loras"
     listing = folder / "library.json"
     if not listing.is_file():
-        raise ValueError(f"the embedded library is missing: {listing} does not exist; rebuild it: multilora world train")
+        raise ValueError(f"the embedded library is missing ({listing}); rebuild it with: multilora world train")
     entries = json.loads(listing.read_text())["loras"]
     return {e["name"]: {**e, "path": folder / e["file"]} for e in entries}
 

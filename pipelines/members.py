@@ -76,7 +76,8 @@ def read_mask(mask: Any, name: str) -> tuple[Tensor | None, str]:
     if mask.ndim != 2:
         raise ValueError(f"mask of LoRA {name!r}: wanted [height, width], got shape {list(mask.shape)}")
     if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise ValueError(f"mask of LoRA {name!r}: values must lie within 0 and 1, got {mask.min():g} to {mask.max():g}")
+        span = f"{mask.min():g} to {mask.max():g}"
+        raise ValueError(f"mask of LoRA {name!r}: values must lie within 0 and 1, got {span}")
     return mask, reference
 
 
