@@ -1,0 +1,1 @@
+"""Ring 3: training, scoring, evaluation and the embedded world."""
