@@ -150,14 +150,14 @@ class Recipe(_Model):
         except FileNotFoundError:
             raise RecipeError(f"{path}: no such file") from None
         except UnidentifiedImageError:
-            raise RecipeError(f"{path}: not a PNG picture; a recipe is kept only in the PNG as it was written") from None
+            raise RecipeError(f"{path}: not a PNG picture; only the PNG that multilora wrote holds a recipe") from None
         except (OSError, SyntaxError, ValueError) as error:
             raise RecipeError(f"{path}: cannot be read as PNG: {error}") from None
         if CHUNK not in text:
             other = f" (it has a {PARAMETERS!r} text of another program)" if PARAMETERS in text else ""
             raise RecipeError(
-                f"{path}: no multilora recipe in this PNG{other}. Many programs drop it when they save a copy; use the "
-                "file that multilora wrote"
+                f"{path}: no multilora recipe in this PNG{other}. Many programs drop it when they save a copy; use "
+                "the file that multilora wrote"
             )
         return cls.read(text[CHUNK], str(path))
 
@@ -204,7 +204,7 @@ def _explain(error: ValidationError) -> str:
     for issue in error.errors(include_url=False):
         field = ".".join(str(p) for p in issue["loc"]) or "recipe"
         got = "" if issue["type"] == "missing" else f" (got {issue['input']!r:.80})"
-        parts.append(f"{field}: {issue['msg']}{got}")
+        parts.append(f"{field}: {issue['msg'].removeprefix('Value error, ')}{got}")
     return "; ".join(parts)
 
 
