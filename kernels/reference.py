@@ -1,4 +1,4 @@
-"""The adapted layer by its definition: a float loop, one LoRA after another. Slow and clear; the oracle of `routed`."""
+"""The adapted layer by its definition: one LoRA after another. Slow and clear; the oracle of `routed`."""
 
 from __future__ import annotations
 

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from multilora.kernels import reference
+from torch import Tensor
 
 IMPLEMENTATIONS = ("torch", "reference")
 

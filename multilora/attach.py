@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from multilora.compiled import Eager
-from multilora.forms import Branch, Row, merged_into, mergeable
 from multilora.lora import Lora
+from multilora.rebuilt import WIDE, Merged, Weight, mergeable, tied_parameters
+from multilora.side import Branch, Row
 from multilora.sites import Site, nearest, sites_of
 from multilora.takeover import disabled, loaded
 
@@ -34,65 +35,30 @@ FORMS = ("auto", "side", "rebuilt", "bank")
 # Modules that a bank holds now. Two LoRA sets on one module would mix two users' pictures.
 _HELD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _HELD_LOCK = threading.Lock()
-_KEPT_ROWS = 4  # rows whose folded factors are kept
+_KEPT_ROWS, _KEPT_BYTES = 64, 256 << 20  # rows whose folded factors are kept, and the size of these at most
 
 
-class _Merged:
-    """The weight of one site: its pristine tensor, and merged ones put in its place."""
+class _Hook:
+    """The forward hook of one site. An object, so that `Bank` recognises its own hooks whatever happens."""
 
-    def __init__(self, site: Site, branch: Branch):
-        self.site, self.branch = site, branch
-        self.parameter = site.module._parameters["weight"]
-        self.base = self.parameter.data
-        self.bias_parameter = site.module._parameters.get("bias")
-        self.bias_base = None if self.bias_parameter is None else self.bias_parameter.data
-        self.has_bias = any(p is not None and p.bias is not None for p in site.parts)
-        self.now: tuple[Tensor, Tensor | None] | None = None  # in place, None while it is the base
+    def __init__(self, bank: Bank, site: Site, branch: Branch):
+        self.bank, self.path, self.branch, self.weight = bank, site.path, branch, bank._weights.get(site)
 
-    @property
-    def nbytes(self) -> int:
-        return self.base.numel() * self.base.element_size()
-
-    def build(self, row: Sequence[float], out: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
-        """Merged weight and bias for a row, written to `out` when given."""
-        wide = self.base.dtype if self.base.dtype in (torch.float32, torch.float64) else torch.float32
-        stack = self.branch.stacked((self.base.device, wide))
-        if out is None:
-            out = (torch.empty_like(self.base, memory_format=torch.contiguous_format),
-                   torch.empty_like(self.bias_base) if self.has_bias else None)  # fmt: skip
-        if stack.down is not None or any(d is not None for d in stack.dense):
-            merged_into(self.site, stack, row, self.base, out[0])
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        bank, path = self.bank, self.path
+        bank.calls[path] += 1
+        row, gate = bank._row, bank._gate
+        if gate is None and (row is None or (self.weight is not None and self.weight.now is not None)):
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        y = output[0] if isinstance(output, tuple) else output
+        if gate is not None:
+            y = self.branch.tensor(x, y, gate(path, x))
+        elif isinstance(row, Row):
+            y = self.branch.numbers(x, y, row)
         else:
-            out[0].copy_(self.base)
-        if out[1] is not None:
-            total = self.bias_base.to(wide).clone()
-            for v, f, bias in zip(row, self.site.factors, stack.bias, strict=True):
-                if bias is not None:
-                    total.add_(bias, alpha=v * f)
-            out[1].copy_(total)
-        return out
-
-    def put(self, merged: tuple[Tensor, Tensor | None]) -> None:
-        self.now = merged
-        self.parameter.data = merged[0]
-        if merged[1] is not None:
-            self.bias_parameter.data = merged[1]
-
-    def restore(self) -> None:
-        """The original tensors back. A model that was moved meanwhile gets them where and as it is now."""
-        if self.now is None:
-            return
-        pairs = [(self.parameter, self.now[0], self.base)]
-        if self.now[1] is not None:
-            pairs.append((self.bias_parameter, self.now[1], self.bias_base))
-        for parameter, merged, base in pairs:
-            moved = parameter.data.device != base.device or parameter.data.dtype != base.dtype
-            parameter.data = base.to(parameter.data) if moved else base
-            del merged
-        self.now = None
-
-    def in_place(self) -> bool:
-        return self.now is not None and self.parameter.data_ptr() == self.now[0].data_ptr()
+            y = self.branch.tensor(x, y, row)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
 class Bank:
@@ -106,23 +72,20 @@ class Bank:
     calls  path -> calls since `reset_calls()`
     """
 
-    def __init__(self, model: nn.Module, sites: list[Site], k: int, form: str, bank_bytes: int, optional: Sequence[str]):
-        self.model, self.sites, self.k, self.form, self.bank_bytes = model, sites, k, form, bank_bytes
+    def __init__(
+        self, model: nn.Module, sites: list[Site], k: int, form: str, bank_bytes: int, optional: Sequence[str] = ()
+    ):
+        self.sites, self.k, self.form, self.bank_bytes = sites, k, form, bank_bytes
         self.paths = tuple(site.path for site in sites)
         self.optional = frozenset(optional)
         self.calls: dict[str, int] = dict.fromkeys(self.paths, 0)
         self.eager = Eager(model)
         self._branches = {site: Branch(site) for site in sites}
-        self._merged: dict[Site, _Merged] = {}
-        if form != "side":
-            shared = _shared_parameters(model)
-            self._merged = {
-                site: _Merged(site, branch)
-                for site, branch in self._branches.items()
-                if mergeable(site) and not branch.trained and id(site.module._parameters["weight"]) not in shared
-            }
-        self._scratch: dict[Site, tuple[Tensor, Tensor | None]] = {}
-        self._kept: OrderedDict[tuple[float, ...], dict[Site, tuple]] = OrderedDict()
+        tied = tied_parameters(model)
+        plain = [] if form == "side" else [site for site in sites if mergeable(site, tied)]
+        self._weights = {site: Weight(site, self._branches[site]) for site in plain}
+        self._scratch: dict[Site, Merged] = {}
+        self._kept: OrderedDict[tuple[float, ...], dict[Site, Merged]] = OrderedDict()
         self._rows: OrderedDict[Any, Row] = OrderedDict()
         self._row: Row | Tensor | None = None
         self._gate: Callable[[str, Tensor], Tensor] | None = None
@@ -179,7 +142,9 @@ class Bank:
             if any(v != v or abs(v) == float("inf") for r in rows for v in r):
                 raise ValueError(f"row {value}: finite numbers are wanted")
             known = self._rows[value] = Row(rows, per_sample)
-            while len(self._rows) > _KEPT_ROWS:
+            while len(self._rows) > 1 and (
+                len(self._rows) > _KEPT_ROWS or sum(row.nbytes for row in self._rows.values()) > _KEPT_BYTES
+            ):
                 self._rows.popitem(last=False)
         else:
             self._rows.move_to_end(value)
@@ -196,7 +161,7 @@ class Bank:
         self._unhook()
         if self._hooks_wanted():
             for site in self.sites:
-                hook = self._hook(site, self._branches[site])
+                hook = _Hook(self, site, self._branches[site])
                 self._hooks.append(site.module.register_forward_hook(hook, with_kwargs=True))
 
     def _hooks_wanted(self) -> bool:
@@ -206,36 +171,21 @@ class Bank:
     def _unhook(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-
-    def _hook(self, site: Site, branch: Branch) -> Callable:
-        path, calls, merged = site.path, self.calls, self._merged.get(site)
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            calls[path] += 1
-            row = self._row
-            if self._gate is None and (row is None or (merged is not None and merged.now is not None)):
-                return None
-            x = args[0] if args else next(iter(kwargs.values()))
-            y = output[0] if isinstance(output, tuple) else output
-            if self._gate is not None:
-                total = branch.gated(x, y, self._gate(path, x))
-            elif isinstance(row, Row):
-                total = branch(x, y, row)
-            else:
-                total = branch.gated(x, y, row)
-            return (total, *output[1:]) if isinstance(output, tuple) else total
-
-        return hook
+        for site in self.sites:  # one that an interrupt cut off from its handle
+            own = [key for key, hook in site.module._forward_hooks.items() if getattr(hook, "bank", None) is self]
+            for key in own:
+                site.module._forward_hooks.pop(key)
+                site.module._forward_hooks_with_kwargs.pop(key, None)
 
     def _settle(self) -> None:
         """Bring the weights and the hooks in line with the row and the gate."""
         row = self._row
         plain = self._gate is None and (row is None or (isinstance(row, Row) and not row.per_sample))
-        weights = row.rows[0] if plain and row is not None and self._merged and not row.zero else None
+        weights = row.rows[0] if plain and row is not None and self._weights and not row.zero else None
         if weights != self._in_weights:
             self._exchange(weights)
         if self.eager.compiled:
-            side = not plain or (row is not None and not row.zero and len(self._merged) < len(self.sites))
+            side = not plain or (row is not None and not row.zero and len(self._weights) < len(self.sites))
             if side != self.eager.on:
                 self.eager.turn(side)
                 self.place()
@@ -243,8 +193,8 @@ class Bank:
     def _exchange(self, weights: tuple[float, ...] | None) -> None:
         self._in_weights = None
         if weights is None:
-            for merged in self._merged.values():
-                merged.restore()
+            for weight in self._weights.values():
+                weight.restore()
             return
         with torch.inference_mode(False), torch.no_grad():
             kept = self._kept.get(weights)
@@ -252,24 +202,22 @@ class Bank:
                 kept = self._keep(weights)
             if kept is not None:
                 self._kept.move_to_end(weights)
-            for site, merged in self._merged.items():
+            for site, weight in self._weights.items():
                 if kept is None:
-                    own = self._scratch[site] = merged.build(weights, self._scratch.get(site))
-                else:
-                    own = kept[site]
-                merged.put(own)
+                    self._scratch[site] = weight.build(weights, self._scratch.get(site))
+                weight.put((kept or self._scratch)[site])
         self._in_weights = weights
 
     def _keep(self, weights: tuple[float, ...]) -> dict[Site, tuple] | None:
         """Merged weights of a row as a new entry of the bank, the oldest ones dropped; None beyond the budget."""
-        size = sum(m.nbytes for m in self._merged.values())
+        size = sum(weight.nbytes for weight in self._weights.values())
         if size > self.bank_bytes:
             return None
         while (len(self._kept) + 1) * size > self.bank_bytes:
-            for merged in self._merged.values():
-                merged.restore()
+            for weight in self._weights.values():
+                weight.restore()
             self._kept.popitem(last=False)
-        kept = {site: merged.build(weights, None) for site, merged in self._merged.items()}
+        kept = {site: weight.build(weights) for site, weight in self._weights.items()}
         self._kept[weights] = kept
         return kept
 
@@ -280,9 +228,9 @@ class Bank:
             self.calls[path] = 0
 
     def check_called(self) -> None:
-        """Raise RuntimeError when an adapted module was not called since `reset_calls()`, or lost its merged weight."""
-        for site, merged in self._merged.items():
-            if merged.now is not None and not merged.in_place():
+        """RuntimeError when an adapted module was not called since `reset_calls()` or has lost its merged weight."""
+        for site, weight in self._weights.items():
+            if weight.displaced:
                 raise RuntimeError(
                     f"{site.path}: its merged weight was replaced by something else (offloading or a move to another "
                     f"device?); use form='side'"
@@ -292,8 +240,8 @@ class Bank:
         missed = [p for p, n in self.calls.items() if n == 0 and p not in self.optional]
         if missed:
             raise RuntimeError(
-                f"{len(missed)} of {len(self.calls)} adapted modules were not called, first {missed[0]!r}: its LoRA had "
-                f"no effect. A graph compiled by other means ignores hooks (use form='rebuilt', or attach before "
+                f"{len(missed)} of {len(self.calls)} adapted modules were not called, first {missed[0]!r}: its LoRA "
+                f"had no effect. A graph compiled by other means ignores hooks (use form='rebuilt', or attach before "
                 f"compiling); a module that this call rightly skips belongs into optional=[...]"
             )
 
@@ -309,17 +257,6 @@ class Bank:
         self._rows.clear()
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Parameters that more than one module holds (tied weights): changing them would change both."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
-
-
 def _form(form: str, model: nn.Module, sites: Sequence[Site]) -> str:
     if form not in FORMS:
         raise ValueError(f"form {form!r}: wanted one of {', '.join(FORMS)}{nearest(str(form), FORMS)}")
@@ -329,8 +266,8 @@ def _form(form: str, model: nn.Module, sites: Sequence[Site]) -> str:
             raise ValueError(f"form {form!r}: {why}, so its weights cannot be exchanged; use form='side' or 'auto'")
         return form
     if form == "auto" and not why and sites:
-        wide = (torch.float32, torch.float64)
-        if all(mergeable(s) and s.module.weight.dtype in wide for s in sites):
+        tied = tied_parameters(model)
+        if all(mergeable(site, tied) and site.module.weight.dtype in WIDE for site in sites):
             return "rebuilt"
     return "side"
 
@@ -365,8 +302,8 @@ def attached(
     """The LoRAs on `model` for the length of a block; yields the Bank, whose row starts at zero (the base model).
 
     component   "unet" takes the LoRAs' modules under "unet." and drops that prefix; None takes their paths as they are
-    form        "side", "rebuilt", "bank", or "auto": rebuilt when every adapted weight is plain float32 or float64 and
-                stays where it is, else side
+    form        "side", "rebuilt", "bank", or "auto": rebuilt when every adapted weight is plain float32 or float64
+                and stays where it is, else side
     blocks      per LoRA None or {module path or glob: factor}; see multilora.sites.block_factors
     bank_bytes  budget of the bank form; a set beyond it is rebuilt at each change of row
     optional    paths that a forward may leave out
@@ -377,7 +314,6 @@ def attached(
     Raises ValueError for a path that is no module of the model, a shape that does not fit, a bad block or form; and
     RuntimeError when LoRAs are attached to the model already. Then nothing is attached.
     """
-    model = getattr(model, "_orig_mod", model) if not isinstance(model, nn.Module) else model
     loras = list(loras)
     if not loras:
         raise ValueError("attached: no LoRAs given; without LoRAs run the model as it is")
@@ -385,33 +321,41 @@ def attached(
         if not isinstance(lora, Lora):
             raise ValueError(f"attached: LoRA number {i + 1} is a {type(lora).__name__}, wanted a Lora (multilora.load)")
     sites = sites_of(model, loras, component, blocks)
-    root = getattr(model, "_orig_mod", model)
-    held = {root, *(site.module for site in sites)}
-    with _HELD_LOCK:
-        taken = next((m for m in held if m in _HELD), None)
-        if taken is not None:
-            what = next((s.path for s in sites if s.module is taken), type(root).__name__)
-            raise RuntimeError(
-                f"LoRAs are attached to {type(root).__name__} already (at {what}); leave that `with attached(...)` "
-                f"first, or give all LoRAs to one"
-            )
-        for module in held:
-            _HELD.add(module)
     bank: Bank | None = None
+    with _holding(model, sites), disabled(model):
+        try:
+            bank = Bank(model, sites, len(loras), _form(form, model, sites), bank_bytes, optional)
+            bank.place()
+            yield bank
+        finally:
+            if bank is not None:
+                try:
+                    bank.close()
+                except BaseException:  # a second interrupt must not leave half of it in place
+                    bank.close()
+                    raise
+
+
+@contextlib.contextmanager
+def _holding(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Nobody else attaches LoRAs to the model or to these sites meanwhile; RuntimeError when somebody has."""
+    root = getattr(model, "_orig_mod", model)
+    wanted = {root, *(site.module for site in sites)}
+    mine: set[nn.Module] = set()
     try:
-        with disabled(model):
-            try:
-                bank = Bank(model, sites, len(loras), _form(form, model, sites), bank_bytes, optional)
-                bank.place()
-                yield bank
-            finally:
-                if bank is not None:
-                    try:
-                        bank.close()
-                    except BaseException:  # a second interrupt must not leave half of it in place
-                        bank.close()
-                        raise
+        with _HELD_LOCK:
+            taken = next((module for module in wanted if module in _HELD), None)
+            if taken is not None:
+                where = next((f" (at {site.path})" for site in sites if site.module is taken), "")
+                raise RuntimeError(
+                    f"LoRAs are attached to this {type(root).__name__} already{where}: leave that `attached(...)` block "
+                    f"first, or give all LoRAs to one"
+                )
+            mine = wanted
+            for module in mine:
+                _HELD.add(module)
+        yield
     finally:
         with _HELD_LOCK:
-            for module in held:
+            for module in mine:
                 _HELD.discard(module)

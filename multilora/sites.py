@@ -7,11 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import Tensor, nn
 
-from multilora.lora import Lora
+from multilora.lora import Dense, Lora, LowRank
 
 # Levels of a module path that wrappers add and LoRA files do not name.
 _WRAPPERS = frozenset({"_orig_mod", "base_layer"})
@@ -24,20 +23,30 @@ class Site:
 
     path     as the LoRAs name it, relative to the component
     module   the live module, inside any wrapper (PEFT layer, compiled module)
-    kind     "linear", "conv" or "embedding"
-    parts    [k] LowRank, Dense or None, one per LoRA
+    kind     "linear", "conv", "embedding" or "norm"
+    parts    [k] LowRank, Dense or None, one per LoRA, in the shape of the module's weight
     factors  [k] the LoRAs' per-block factors here
     """
 
     path: str
     module: nn.Module
     kind: str
-    parts: tuple[Any, ...]
+    parts: tuple[LowRank | Dense | None, ...]
     factors: tuple[float, ...]
     ranks: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ranks = tuple(getattr(part, "rank", None) or 0 for part in self.parts)
+        self.ranks = tuple((part.rank or 0) if part is not None else 0 for part in self.parts)
+
+    def row(self, row: Sequence[float]) -> list[float]:
+        """[k] the row as it acts here: times the block factors, zero where a LoRA has no part."""
+        values = zip(row, self.factors, self.parts, strict=True)
+        return [v * f if part is not None else 0.0 for v, f, part in values]
+
+    @property
+    def channels(self) -> int:
+        """The dimension of the output that holds the channels."""
+        return 1 if self.kind == "conv" or hasattr(self.module, "num_groups") else -1
 
 
 def canonical(path: str) -> str:
@@ -56,12 +65,14 @@ def live_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def kind_of(module: nn.Module) -> str:
-    """The kind of layer a module is: by its class, else by what it carries. A foreign module counts as linear."""
+    """The kind of layer a module is, by what it carries. A foreign module counts as linear."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or hasattr(module, "kernel_size"):
         return "conv"
     if isinstance(module, nn.Embedding) or hasattr(module, "num_embeddings"):
         return "embedding"
-    return "linear"
+    weight = getattr(module, "weight", None)
+    is_vector = isinstance(weight, Tensor) and weight.ndim == 1
+    return "norm" if is_vector and not hasattr(module, "in_features") else "linear"
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...] | None:
@@ -109,7 +120,8 @@ def block_factors(paths: Sequence[str], blocks: Mapping[str, float] | None, who:
         )
         if not hits:
             inside = [p for p in paths if p.startswith(f"{plain}.")]
-            hint = f"; for all {len(inside)} modules in it write {plain + '.*'!r}" if inside else _near_glob(plain, paths)
+            whole = f"; for all {len(inside)} modules in it write {plain + '.*'!r}"
+            hint = whole if inside else _near_glob(plain, paths)
             raise ValueError(f"block {pattern!r} of {who} matches none of its {len(paths)} modules{hint}")
         (exact if hits == [plain] else factors).update(dict.fromkeys(hits, float(value)))
     return {**factors, **exact}
@@ -138,22 +150,19 @@ def sites_of(
     if len(blocks) != len(loras):
         raise ValueError(f"blocks: {len(blocks)} entries for {len(loras)} LoRAs, wanted one each (None for no blocks)")
     live = live_modules(model)
-    parts: dict[str, list[Any]] = {}
+    parts: dict[str, list[LowRank | Dense | None]] = {}
     factors: dict[str, list[float]] = {}
     for i, lora in enumerate(loras):
         who = label(lora, i)
-        own = dict(lora if component is None else lora.part(component))
-        own = {canonical(path): part for path, part in own.items()}
+        own = {canonical(path): part for path, part in lora.part(component).items()}
+        missing = [path for path in own if path not in live]
+        if missing:
+            raise ValueError(
+                f"{who}: {missing[0]!r} is no module of {type(model).__name__} ({len(missing)} of its {len(own)} "
+                f"modules are not){nearest(missing[0], list(live))}"
+            )
         for path, part in own.items():
-            module = live.get(path)
-            if module is None:
-                missing = [p for p in own if p not in live]
-                raise ValueError(
-                    f"{who}: {path!r} is no module of {type(model).__name__} ({len(missing)} of its {len(own)} modules "
-                    f"are not){nearest(path, list(live))}"
-                )
-            _check_shape(who, path, part, module)
-            parts.setdefault(path, [None] * len(loras))[i] = part
+            parts.setdefault(path, [None] * len(loras))[i] = fitted(part, live[path], f"{who}: {path!r}")
         for path, factor in block_factors(list(own), blocks[i], who).items():
             factors.setdefault(path, [1.0] * len(loras))[i] = factor
     return [
@@ -163,28 +172,23 @@ def sites_of(
     ]
 
 
-def _check_shape(who: str, path: str, part: Any, module: nn.Module) -> None:
-    wanted = shape_of(module)
-    kind = kind_of(module)
+def fitted(part: LowRank | Dense, module: nn.Module, where: str) -> LowRank | Dense:
+    """The part in the shape of a module's weight, where a 1x1 convolution and a linear are one; else ValueError."""
+    kind, wanted = kind_of(module), shape_of(module)
+    what = f"{where} is a {type(module).__name__}"
     if getattr(module, "max_norm", None) is not None:
-        raise ValueError(f"{who}: {path!r} is an embedding with max_norm, which rewrites its weight; not supported")
-    if part.rank is None and part.delta() is None:
-        got: tuple[int, ...] | None = None
-    else:
-        got = tuple(part.shape)
-    if got is not None and wanted is not None and (got != wanted) and not _pointwise(got, wanted):
-        raise ValueError(
-            f"{who}: {path!r} is a {type(module).__name__} with a weight of shape {list(wanted)}, the LoRA's is "
-            f"{list(got)}; it was made for another model"
-        )
-    if part.kind != kind and not (got is not None and wanted is not None and _pointwise(got, wanted)):
-        raise ValueError(f"{who}: {path!r} is a {type(module).__name__} ({kind}), the LoRA's part is for {part.kind}")
-    if part.bias is not None and wanted is not None:
-        size = wanted[1] if kind == "embedding" else wanted[0]
-        if tuple(part.bias.shape) != (size,):
-            raise ValueError(f"{who}: {path!r} takes a bias of {size}, the LoRA's has shape {list(part.bias.shape)}")
-
-
-def _pointwise(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two weight shapes are the same matrix, one as a 1x1 convolution."""
-    return tuple(a[:2]) == tuple(b[:2]) and all(n == 1 for n in (*a[2:], *b[2:]))
+        raise ValueError(f"{what} with max_norm, which rewrites its weight when it is called; not supported")
+    if part.shape is not None and wanted is not None:
+        try:
+            part = part.reshaped(wanted)
+        except ValueError:
+            raise ValueError(
+                f"{what} with a weight of shape {list(wanted)}, the LoRA's is {list(part.shape)}: it was made for "
+                f"another model"
+            ) from None
+    if part.shape is not None and part.kind != kind and (part.rank is not None or len(part.shape) > 1):
+        raise ValueError(f"{what}, which is a {kind} layer; the LoRA's part is for {part.kind}")
+    size = None if wanted is None else wanted[1] if kind == "embedding" else wanted[0]
+    if part.bias is not None and size is not None and tuple(part.bias.shape) != (size,):
+        raise ValueError(f"{what} with a bias of {size}, the LoRA's has shape {list(part.bias.shape)}")
+    return part

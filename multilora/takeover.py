@@ -53,19 +53,23 @@ def _part(layer: Any, adapter: str, path: str) -> tuple[LowRank, float]:
     if not embedding and adapter not in getattr(layer, "lora_A", {}):
         raise ValueError(f"{path}: adapter {adapter!r} is a {type(layer).__name__}, only plain LoRA can be taken over")
     if getattr(layer, "use_dora", {}).get(adapter) or adapter in getattr(layer, "lora_variant", {}):
-        raise ValueError(f"{path}: adapter {adapter!r} is a LoRA variant (such as DoRA), only plain LoRA can be taken over")
+        raise ValueError(f"{path}: adapter {adapter!r} is a variant such as DoRA, only plain LoRA can be taken over")
     if embedding:
         down, up, bias = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], None
     else:
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         bias = layer.lora_B[adapter].bias
-    rank, alpha = down.shape[0], layer.lora_alpha[adapter]
-    own = getattr(layer, "use_rslora", {}).get(adapter, False) if isinstance(getattr(layer, "use_rslora", None), dict) else False
-    plain = alpha / rank**0.5 if own else alpha / rank
-    up = up.detach().flatten(1)
-    bias = None if bias is None else bias.detach() * plain
-    part = LowRank.from_factors(down.detach(), up, alpha=alpha, rslora=own, bias=bias, kind=kind_of(_inner(layer)))
-    return part, layer.scaling[adapter] / plain if plain else 1.0
+    rank, alpha, rslora = down.shape[0], layer.lora_alpha[adapter], bool(layer.use_rslora.get(adapter, False))
+    scale = alpha / (rank**0.5 if rslora else rank)
+    part = LowRank.from_factors(
+        down.detach(),
+        up.detach(),
+        alpha=alpha,
+        rslora=rslora,
+        bias=None if bias is None else bias.detach() * scale,
+        kind=kind_of(_inner(layer)),
+    )
+    return part, layer.scaling[adapter] / scale if scale else 1.0
 
 
 def _inner(layer: Any) -> nn.Module:

@@ -1,0 +1,321 @@
+"""The side form of one adapted module: its stacked factors, and the branch beside it that adds the LoRAs' part.
+
+A row that stays is folded into the factors once, after which a linear layer costs two matmuls per call for all LoRAs
+and samples; a row per token, a gate and anything that needs gradients go through the general kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multilora.kernels import routed as kernels
+from multilora.sites import Site
+
+Where = tuple[torch.device, torch.dtype]
+Step = Callable[["Branch", Tensor, Tensor], Tensor]  # (branch, x, y) -> y with something added
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(eq=False)
+class Row:
+    """A row that stays for a while, as numbers: [1][k] for all samples, or [B][k].
+
+    plans   what each site does for this row, made when the site is first called under it
+    nbytes  size of the tensors that the plans made
+    """
+
+    rows: tuple[tuple[float, ...], ...]
+    per_sample: bool
+    plans: dict[tuple[Site, Where], Step | None] = field(default_factory=dict)
+    nbytes: int = 0
+
+    @property
+    def zero(self) -> bool:
+        return not any(v for row in self.rows for v in row)
+
+
+@dataclass(eq=False)
+class Stack:
+    """A site's factors in one dtype on one device.
+
+    down    [R, in, *kernel]   of all LoRAs, R = sum(ranks); None when no LoRA is low-rank here
+    up      [R, out]           transposed, so that each LoRA's part is contiguous
+    starts  [k]                where each LoRA's ranks begin
+    bias    [k] tensors [out] or None
+    dense   [k] tensors of the weight's shape or None
+    """
+
+    down: Tensor | None
+    up: Tensor | None
+    starts: list[int]
+    bias: list[Tensor | None]
+    dense: list[Tensor | None]
+
+    def picked(self, ranks: Sequence[int], live: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """down [Rs, ...] and up [Rs, out] of some LoRAs; views where they lie side by side."""
+        first, last = live[0], live[-1]
+        if all(ranks[i] == 0 or i in live for i in range(first, last + 1)):
+            span = slice(self.starts[first], self.starts[last] + ranks[last])
+            return self.down[span], self.up[span]
+        spans = [slice(self.starts[i], self.starts[i] + ranks[i]) for i in live]
+        return torch.cat([self.down[s] for s in spans]), torch.cat([self.up[s] for s in spans])
+
+
+def stack(site: Site, where: Where) -> Stack:
+    """The stacked factors of a site; differentiable in them."""
+    device, dtype = where
+    low = [p for p in site.parts if p is not None and p.rank]
+    down = torch.cat([p.down.to(device, dtype) for p in low]) if low else None
+    up = torch.cat([p.up.to(device, dtype).T for p in low]).contiguous() if low else None
+    starts = [sum(site.ranks[:i]) for i in range(len(site.ranks))]
+    bias, dense = [], []
+    for part in site.parts:
+        delta = part.delta() if part is not None and part.rank is None else None
+        dense.append(None if delta is None else delta.to(device, dtype))
+        bias.append(None if part is None or part.bias is None else part.bias.to(device, dtype))
+    return Stack(down, up, starts, bias, dense)
+
+
+def folded(up: Tensor, weights: Sequence[float], ranks: Sequence[int]) -> tuple[Tensor, float]:
+    """up [Rs, out] with each LoRA's weight inside; untouched, beside the factor, when all weights are one number."""
+    if all(w == weights[0] for w in weights):
+        return up, weights[0]
+    scale = [w for w, r in zip(weights, ranks, strict=True) for _ in range(r)]
+    return up * torch.tensor(scale, dtype=up.dtype, device=up.device)[:, None], 1.0
+
+
+class Branch:
+    """What the LoRAs add to one module."""
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.stacks: OrderedDict[Where, Stack] = OrderedDict()
+        tensors = [t for p in site.parts if p is not None for t in (getattr(p, "down", None), getattr(p, "up", None))]
+        self.trained = any(t is not None and t.requires_grad for t in tensors)
+
+    def stacked(self, where: Where) -> Stack:
+        """The site's factors in a dtype on a device; the two used last are kept."""
+        if self.trained:
+            return stack(self.site, where)
+        if where not in self.stacks:
+            with torch.inference_mode(False), torch.no_grad():
+                self.stacks[where] = stack(self.site, where)
+            while len(self.stacks) > 2:
+                self.stacks.popitem(last=False)
+        self.stacks.move_to_end(where)
+        return self.stacks[where]
+
+    def where(self, x: Tensor, y: Tensor) -> Where:
+        return y.device, y.dtype if self.site.kind == "embedding" else x.dtype
+
+    def numbers(self, x: Tensor, y: Tensor, row: Row) -> Tensor:
+        """y plus the LoRAs' part under a row of numbers; y itself where the row is zero here."""
+        if self.trained:
+            return self.tensor(x, y, torch.tensor(row.rows if row.per_sample else row.rows[0], device=y.device))
+        key = (self.site, self.where(x, y))
+        if key not in row.plans:
+            with torch.inference_mode(False), torch.no_grad():
+                row.plans[key] = _plan(self.site, self.stacked(key[1]), row, key[1])
+        step = row.plans[key]
+        if step is None:
+            return y
+        if row.per_sample and x.shape[0] != len(row.rows):
+            raise ValueError(
+                f"{self.site.path}: the row has {len(row.rows)} samples, the layer's input {list(x.shape)} has "
+                f"{x.shape[0]}; give one row per sample of the call"
+            )
+        return step(self, x, y)
+
+    def tensor(self, x: Tensor, y: Tensor, row: Tensor) -> Tensor:
+        """y plus the LoRAs' part under a row tensor [k], [B, k] or [B, T, k]; differentiable in it."""
+        site = self.site
+        lead = row.shape[:-1]
+        deepest = 1 if site.kind == "conv" else 2
+        if row.ndim < 1 or row.shape[-1] != len(site.parts) or len(lead) > deepest or lead != x.shape[: len(lead)]:
+            raise ValueError(
+                f"{site.path}: row of shape {list(row.shape)} for {len(site.parts)} LoRAs and an input of "
+                f"{list(x.shape)}; wanted [k], [B, k]{' or [B, T, k]' if deepest == 2 else ''}"
+            )
+        stacked = self.stacked(self.where(x, y))
+        if any(f != 1.0 for f in site.factors):
+            row = row * torch.tensor(site.factors, dtype=row.dtype, device=row.device)
+        if stacked.down is not None:
+            y = y + self.low_rank(x, stacked, row).to(y.dtype)
+        for i in range(len(site.parts)):
+            if stacked.dense[i] is not None or stacked.bias[i] is not None:
+                y = self.extra(x, y, stacked.dense[i], stacked.bias[i], row[..., i])
+        return y
+
+    def low_rank(self, x: Tensor, stacked: Stack, row: Tensor) -> Tensor:
+        down, up, ranks = stacked.down, stacked.up.T, self.site.ranks
+        if self.site.kind == "conv":
+            x, geometry = self.geometry(x)
+            return kernels.routed_conv(x, down, up, row, ranks, *geometry)
+        if self.site.kind == "embedding":
+            return kernels.routed_embedding(x, down, up, row, ranks) * self._embed_scale()
+        return kernels.routed(x, down, up, row, ranks)
+
+    def extra(self, x: Tensor, y: Tensor, dense: Tensor | None, bias: Tensor | None, weight: Tensor) -> Tensor:
+        """y plus a dense delta and a bias, times weight [], [B] or [B, T]."""
+        scale = weight.to(y.device, y.dtype)
+        scale = scale.reshape(*scale.shape, *[1] * (y.ndim - scale.ndim)) if scale.ndim else scale
+        if dense is not None:
+            y = y + scale * self._dense(x, dense).to(y.dtype)
+        if bias is not None:
+            by_channel = bias.view(-1, *[1] * (y.ndim - 2)) if self.site.channels == 1 else bias
+            y = y + scale * by_channel.to(y.dtype)
+        return y
+
+    def geometry(self, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """A convolution's input (padded where its padding is not zeros), stride, padding, dilation and groups."""
+        m = self.site.module
+        if getattr(m, "padding_mode", "zeros") == "zeros":
+            return x, (m.stride, m.padding, m.dilation, getattr(m, "groups", 1))
+        x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
+        return x, (m.stride, tuple(0 for _ in m.kernel_size), m.dilation, m.groups)
+
+    def _embed_scale(self) -> float | Tensor:
+        # transformers' scaled word embeddings multiply what they look up.
+        return getattr(self.site.module, "embed_scale", 1.0)
+
+    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        m = self.site.module
+        match self.site.kind:
+            case "linear":
+                return F.linear(x, weight)
+            case "embedding":
+                return F.embedding(x, weight) * self._embed_scale()
+            case "conv":
+                x, geometry = self.geometry(x)
+                return (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3](x, weight, None, *geometry)
+        if isinstance(m, nn.LayerNorm):
+            return F.layer_norm(x, m.normalized_shape, weight, None, m.eps)
+        if isinstance(m, nn.GroupNorm):
+            return F.group_norm(x, m.num_groups, weight, None, m.eps)
+        if isinstance(m, nn.RMSNorm):
+            return F.rms_norm(x, m.normalized_shape, weight, m.eps)
+        raise ValueError(
+            f"{self.site.path}: a weight difference of a {type(m).__name__} can be merged but not run beside it; use "
+            f"form='rebuilt' and one row for all samples"
+        )
+
+    def add(self, x: Tensor, y: Tensor, kernel: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """kernel(y, x, *arguments), in place where nobody else can see y."""
+        m = self.site.module
+        if x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type):
+            # The output of these is a new tensor; a foreign module may keep its own, another hook may have kept it.
+            fresh = type(m) in (nn.Linear, *_CONVS) and len(m._forward_hooks) == 1
+            tracked = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+            return kernel(y, x, *arguments, inplace=fresh and not tracked)
+        return y + kernel(torch.zeros_like(y, dtype=x.dtype), x, *arguments).to(y.dtype)
+
+
+# -- a row folded into the factors ------------------------------------------------------------------------------
+
+
+def _plan(site: Site, stacked: Stack, row: Row, where: Where) -> Step | None:
+    """What a site does under a row: one step, several, or None when the row is zero here."""
+    device, dtype = where
+    rows = [site.row(r) for r in row.rows]
+    if not any(v for r in rows for v in r):
+        return None
+    steps: list[Step] = []
+    if any(v and site.ranks[i] for r in rows for i, v in enumerate(r)):
+        if site.kind == "linear":
+            down, up, alpha = _folded_linear(site, stacked, rows)
+            row.nbytes += _own(down, stacked.down) + _own(up, stacked.up)
+            steps.append(lambda b, x, y: b.add(x, y, kernels.add_folded, down, up, alpha))
+        elif site.kind == "conv" and not row.per_sample:
+            down, up, alpha = _folded_conv(site, stacked, rows[0])
+            row.nbytes += _own(down, stacked.down) + _own(up, stacked.up)
+            steps.append(lambda b, x, y: _add_conv(b, x, y, down, up, alpha))
+        else:
+            weights = torch.tensor(rows if row.per_sample else rows[0], dtype=dtype, device=device)
+            steps.append(lambda b, x, y: y + b.low_rank(x, stacked, weights).to(y.dtype))
+    for i, (dense, bias) in enumerate(zip(stacked.dense, stacked.bias, strict=True)):
+        column = [r[i] for r in rows]
+        if any(column) and (dense is not None or bias is not None):
+            weight = torch.tensor(column if row.per_sample else column[0], dtype=dtype, device=device)
+            steps.append(lambda b, x, y, d=dense, c=bias, w=weight: b.extra(x, y, d, c, w))
+    if len(steps) == 1:
+        return steps[0]
+
+    def several(branch: Branch, x: Tensor, y: Tensor) -> Tensor:
+        for step in steps:
+            y = step(branch, x, y)
+        return y
+
+    return several
+
+
+def _own(tensor: Tensor, of: Tensor) -> int:
+    """Bytes of a tensor unless it is a view of `of`."""
+    same = tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+    return 0 if same else tensor.numel() * tensor.element_size()
+
+
+def segments(rows: Sequence[Sequence[float]]) -> int:
+    """How many equal runs of samples with one row each the batch falls into."""
+    size, run = 0, 1
+    for a, b in zip(rows, [*rows[1:], None], strict=True):
+        if a == b:
+            run += 1
+        else:
+            size, run = math.gcd(size, run), 1
+    return len(rows) // size
+
+
+def _folded_linear(site: Site, s: Stack, rows: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor, float]:
+    """down, up and alpha for `kernels.add_folded`."""
+    g = segments(rows)
+    rows = [rows[i * len(rows) // g] for i in range(g)]
+    live = [[i for i, v in enumerate(r) if v and site.ranks[i]] for r in rows]
+    union = sorted({i for each in live for i in each})
+    ranks = [site.ranks[i] for i in union]
+    down, up = s.picked(site.ranks, union)
+    if g == 1:
+        up, alpha = folded(up, [rows[0][i] for i in union], ranks)
+        return down.T, up, alpha
+    width = max(sum(site.ranks[i] for i in each) for each in live)
+    weights = {r[i] for r, each in zip(rows, live, strict=True) for i in each}
+    alpha = weights.pop() if len(weights) == 1 else 1.0
+    if [tuple(each) for each in live] == [(i,) for i in union] and set(ranks) == {width}:
+        # One LoRA per segment, in order: the stacks are the segments' factors already.
+        up, own = folded(up, [r[i] for r, i in zip(rows, union, strict=True)], ranks)
+        return down.view(g, width, -1).transpose(1, 2), up.view(g, width, -1), own
+    shared = width == sum(ranks)  # some segment reads all LoRAs, so one down for all is as narrow as it gets
+    downs = down if shared else down.new_zeros(g, width, down.shape[1])
+    ups = up.new_zeros(g, width, up.shape[1])
+    for j, (r, each) in enumerate(zip(rows, live, strict=True)):
+        at = 0
+        for i in union if shared else each:
+            span, to = slice(s.starts[i], s.starts[i] + site.ranks[i]), slice(at, at + site.ranks[i])
+            if r[i]:
+                ups[j, to] = s.up[span] * (r[i] / alpha)
+            if not shared:
+                downs[j, to] = s.down[span]
+            at = to.stop
+    return downs.mT, ups, alpha
+
+
+def _folded_conv(site: Site, s: Stack, row: Sequence[float]) -> tuple[Tensor, Tensor, float]:
+    """down, up and alpha for `kernels.add_folded_conv`."""
+    live = [i for i, v in enumerate(row) if v and site.ranks[i]]
+    down, up = s.picked(site.ranks, live)
+    up, alpha = folded(up, [row[i] for i in live], [site.ranks[i] for i in live])
+    groups, ones = getattr(site.module, "groups", 1), [1] * (down.ndim - 2)
+    return down.repeat(groups, 1, *ones) if groups > 1 else down, up.T.reshape(*up.T.shape, *ones), alpha
+
+
+def _add_conv(branch: Branch, x: Tensor, y: Tensor, down: Tensor, up: Tensor, alpha: float) -> Tensor:
+    x, geometry = branch.geometry(x)
+    return branch.add(x, y, kernels.add_folded_conv, down, up, alpha, *geometry)
