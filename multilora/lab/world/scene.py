@@ -43,7 +43,7 @@ def _pick(rng, options, avoid=()):
     return rng.choice([option for option in options if option not in avoid])
 
 
-def sample_scene(seed, **fixed):
+def sample_scene(seed, /, **fixed):
     """A random scene: `seed` is an int or a random.Random; `fixed` sets fields.
 
     `designs={"character": "zib"}` sets that category's class too, and drops its colour.

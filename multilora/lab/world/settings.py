@@ -1,0 +1,73 @@
+"""All numbers of the embedded world's drawer, autoencoder and base model: full size and smoke size."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Settings:
+    # pictures
+    size: int = 128
+    scenes: int = 48_000
+    captions_each: int = 3
+    scene_seed: int = 1_000_000  # scene i has seed scene_seed + i; held-out scenes: held_out_seed + i
+    held_out_seed: int = 900_000_000
+    shard: int = 2_000
+    processes: int = 2
+    # autoencoder: 8 x 8 patches -> latent channels
+    pca_scenes: int = 3_000
+    latent_channels: int = 16
+    latent_rms: float = 0.5
+    encoder_width: int = 48
+    decoder_width: int = 32
+    decoder_blocks: tuple = (3, 3, 2, 1)
+    decoder_pictures: int = 60_000
+    decoder_minutes: float = 18.0
+    decoder_batch: int = 8
+    decoder_rate: float = 2e-3
+    decoder_noise: float = 0.06
+    # text
+    tokens: int = 32
+    text_width: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    # U-Net
+    channels: tuple = (64, 96, 160)
+    heads: int = 4
+    # diffusion
+    train_steps: int = 1000
+    high_noise_share: float = 0.6
+    high_noise: tuple = (600, 990)
+    # optimisation: whichever of samples and minutes comes first ends it, and drives the learning rate
+    batch: int = 64  # over all processes
+    samples: int = 400_000
+    minutes: float = 77.0
+    rate: float = 1e-3
+    warmup: int = 200
+    decay: float = 0.01
+    betas: tuple = (0.9, 0.99)
+    clip: float = 1.0
+    ema: float = 0.998
+    ema_end: float = 0.9990
+    drop_caption: float = 0.1
+    checkpoint_minutes: float = 5.0
+    sample_minutes: float = 10.0
+    sample_steps: int = 20
+    guidance: float = 4.0
+    seed: int = 0
+
+
+FULL = Settings()
+SMOKE = replace(
+    FULL,
+    scenes=96,
+    shard=48,
+    pca_scenes=48,
+    decoder_pictures=16,
+    samples=32,
+    batch=8,
+    warmup=2,
+    minutes=0.5,
+    decoder_minutes=0.2,
+    sample_steps=2,
+    processes=2,
+)
