@@ -122,6 +122,11 @@ class Recipe(_Model):
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"{source}: its recipe is not JSON: {error}") from None
+        return cls.checked(data, source)
+
+    @classmethod
+    def checked(cls, data: Any, source: str = "recipe") -> Recipe:
+        """A recipe from its fields. Raises RecipeError naming `source` and every field that is wrong."""
         if not isinstance(data, dict):
             raise RecipeError(f"{source}: its recipe is a {type(data).__name__}, wanted an object with fields")
         version = data.get("version", VERSION)

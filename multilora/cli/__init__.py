@@ -1,0 +1,71 @@
+"""The command line, `multilora`: one file per command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from multilora.cli.compose import compose
+from multilora.cli.doctor import doctor
+from multilora.cli.loras import loras
+from multilora.cli.methods import methods
+from multilora.cli.train import train
+from multilora.cli.world import world
+
+app = typer.Typer(
+    name="multilora",
+    help="Several LoRAs in one picture. Start with: multilora compose",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(compose)
+app.command()(methods)
+app.command()(loras)
+app.command()(doctor)
+app.add_typer(world, name="world")
+app.add_typer(train, name="train")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from multilora import __version__
+
+        typer.echo(f"multilora {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _top(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="print the version"),
+    traceback: bool = typer.Option(False, "--traceback", help="show where an error came from"),
+) -> None:
+    global _traceback
+    _traceback = traceback
+
+
+_traceback = False
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; always raises SystemExit. Status 0: done, 1: it failed, 2: bad arguments, 130: stopped.
+
+    Errors that say what the user can do are printed as one message; --traceback shows where they came from.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if _traceback:
+            raise
+        known = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("multilora")
+        what = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
+        hint = "" if known else "\nThis may be a mistake in multilora; `multilora --traceback ...` shows where it is."
+        print(f"error: {what}{hint}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None

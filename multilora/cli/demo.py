@@ -1,0 +1,37 @@
+"""The main job, which `multilora compose` runs without arguments: one scene, four LoRAs of the embedded library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHODS = ("merge", "switch", "composite", "sum_of_differences")
+# One of each; a library that lacks a name gives its first one of that category.
+CHOICE = {"character": "zib", "garment": "", "object": "", "background": ""}
+SEED = 7
+SENTENCE = "{character} wearing {garment} holding {object} in {background}"
+BARE = {"character": "a fox", "garment": "a robe", "object": "a balloon", "background": "a forest"}
+
+
+def scene(library: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """(prompt, names of four LoRAs of different categories).
+
+    Raises ValueError when the library has fewer than four of the categories.
+    """
+    names, words = [], dict(BARE)
+    for category, wanted in CHOICE.items():
+        of = sorted((e for e in library.values() if e["category"] == category), key=lambda e: e.get("split", ""))
+        entry = library.get(wanted) or next(iter(reversed(of)), None)
+        if entry is not None and entry["category"] == category:
+            names.append(entry["name"])
+            words[category] = _article(entry["trigger"])
+    if len(names) < len(CHOICE):
+        raise ValueError(
+            f"the embedded library has LoRAs of {len(names)} of the categories {', '.join(CHOICE)}; the demonstration "
+            "needs one of each. Rebuild it with: multilora world train"
+        )
+    return SENTENCE.format(**words), names
+
+
+def _article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
