@@ -1,0 +1,1 @@
+"""Choosing weights: `(loras, objective, *, options) -> weights`, one method per file."""
