@@ -95,11 +95,8 @@ class Composer:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of a picture when the caller gives none."""
-        sample = self.denoiser.config.sample_size
+        sample = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
         h, w = (sample, sample) if isinstance(sample, int) else sample
-        sample = getattr(self.pipe, "default_sample_size", None)
-        if not isinstance(h, int):
-            h = w = sample
         factor = self.pipe.vae_scale_factor
         return w * factor, h * factor
 
