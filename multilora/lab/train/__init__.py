@@ -1,0 +1,1 @@
+"""Training: LoRAs (and later gates), on accelerate."""
