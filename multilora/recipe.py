@@ -156,7 +156,7 @@ class Recipe(_Model):
             raise RecipeError(f"{path}: no such file") from None
         except UnidentifiedImageError:
             raise RecipeError(f"{path}: not a PNG picture; only the PNG that multilora wrote holds a recipe") from None
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise RecipeError(f"{path}: cannot be read as PNG: {error}") from None
         if CHUNK not in text:
             other = f" (it has a {PARAMETERS!r} text of another program)" if PARAMETERS in text else ""
