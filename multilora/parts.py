@@ -1,8 +1,8 @@
 """One layer's weight update: `LowRank` (up @ down) or `Dense` (the whole difference), each with an optional bias.
 
 The scale alpha / rank is folded into `up` once, by `LowRank.from_factors`; nothing after it knows about alpha. Sums
-concatenate ranks, so they are exact for any ranks; a sign or a weight goes on `up` only. Sums and products are computed
-and stored in float32 at least; tensors that no algebra touched keep the dtype they came in.
+concatenate ranks, so they are exact for any ranks; a sign or a weight goes on `up` only. Sums and products are
+computed and stored in float32 at least; tensors that no algebra touched keep the dtype they came in.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class LowRank:
         alpha: float | None = None,
         rslora: bool = False,
         bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
         kind: str | None = None,
     ) -> LowRank:
         """The update with its scale folded into `up`: the only place that knows alpha.
@@ -103,6 +104,7 @@ class LowRank:
         down, up  as in files: [r, in, *kernel] and [out, r] or [out, r, 1, 1]
         alpha     None means alpha = rank (scale 1); the scale is alpha / rank (arXiv 2106.09685), with rslora
                   alpha / sqrt(rank) (arXiv 2312.03732)
+        bias      update of the layer's bias as it is; up_bias is that of `up` (PEFT's lora_bias), scaled like it
         kind      None: "linear" for a two-dimensional down, else "conv"
 
         The stored dtype stays where folding is exact in it, else both factors become float32. Raises ValueError for
@@ -113,7 +115,9 @@ class LowRank:
                 raise ValueError(f"up {list(up.shape)}: wanted [out, rank] or a convolution with a 1 x 1 kernel")
             up = up.flatten(1)
         kind = kind or ("linear" if down.ndim == 2 else "conv")
-        part = cls(down, up, bias, kind)
+        if bias is not None and up_bias is not None:
+            raise ValueError("bias and up_bias are two spellings of one update, give one of them")
+        part = cls(down, up, bias if up_bias is None else up_bias, kind)
         if alpha is None and not rslora:
             return part
         alpha = float(part.rank if alpha is None else alpha)
@@ -127,7 +131,7 @@ class LowRank:
         if not torch.equal(stored.to(exact.dtype), exact):
             dtype = _work(down, up)
             down, stored = down.to(dtype), exact.to(dtype)
-        return cls(down, stored, bias, kind)
+        return cls(down, stored, bias if up_bias is None else _scaled(up_bias, scale), kind)
 
     @property
     def rank(self) -> int:

@@ -1,0 +1,266 @@
+"""Write a Lora as a diffusers or kohya file or as a PEFT folder, atomically.
+
+Every format is written with alpha equal to the rank, which all readers take as scale 1.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as pack_safetensors
+from torch import Tensor
+
+from multilora.bases import base_of
+from multilora.lora import COMPONENTS, Dense, Lora, LowRank
+from multilora.method import unknown
+
+FORMATS = ("diffusers", "kohya", "peft")
+_DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+           "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}  # fmt: skip
+
+
+def _text_path(path: str) -> str:
+    """A text encoder's path as files spell it: CLIP's layers lie under `text_model.`, T5's and projections do not."""
+    clip = path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
+    return f"text_model.{path}" if clip else path
+
+
+def _split(key: str, fmt: str) -> tuple[str, str]:
+    component, _, path = key.partition(".")
+    if component not in COMPONENTS or not path:
+        raise ValueError(
+            f"key {key}: {fmt} files hold LoRAs of a pipeline's components ({', '.join(COMPONENTS[:5])}, ...); "
+            "a LoRA of a bare model is saved with format='peft'"
+        )
+    return component, path
+
+
+def _up(part: LowRank) -> Tensor:
+    """`up` as files keep it: a convolution's has a 1 x 1 kernel."""
+    return part.up.reshape(*part.up.shape, *[1] * (part.down.ndim - 2)) if part.kind == "conv" else part.up
+
+
+def _cannot(key: str, what: str, fmt: str, instead: str) -> ValueError:
+    return ValueError(f"key {key}: the {fmt} format cannot hold {what}; {instead}")
+
+
+def _diffusers(lora: Lora) -> dict[str, Tensor]:
+    out = {}
+    for key, part in lora.items():
+        component, path = _split(key, "diffusers")
+        if not isinstance(part, LowRank):
+            raise _cannot(key, "a dense update", "diffusers", "truncate(rank=...) it first, or save as kohya")
+        if part.bias is not None:
+            raise _cannot(key, "a bias", "diffusers", "save as kohya or peft")
+        if part.kind == "embedding":
+            raise _cannot(key, "an embedding", "diffusers", "save as peft")
+        # diffusers renames the older text-encoder spelling as a whole, but mixes styles when a file has both or only
+        # layers it does not list; in UNets and transformers the newer one is read for every layer, convolutions too.
+        text = component.startswith("text_encoder")
+        path = _text_path(path) if text else path
+        low, high = ("lora_linear_layer.down", "lora_linear_layer.up") if text else ("lora_A", "lora_B")
+        out[f"{component}.{path}.{low}.weight"] = part.down
+        out[f"{component}.{path}.{high}.weight"] = _up(part)
+    return out
+
+
+def _kohya(lora: Lora) -> dict[str, Tensor]:
+    two = any(key.startswith(("text_encoder_2.", "text_encoder_3.", "transformer.")) for key in lora)
+    prefixes = {
+        "unet": "lora_unet",
+        "transformer": "lora_transformer",
+        "text_encoder": "lora_te1" if two else "lora_te",
+        "text_encoder_2": "lora_te2",
+        "text_encoder_3": "lora_te3",
+    }
+    out = {}
+    for key, part in lora.items():
+        component, path = _split(key, "kohya")
+        if component not in prefixes:
+            raise _cannot(key, f"component {component}", "kohya", "save as diffusers or peft")
+        path = _text_path(path) if component.startswith("text_encoder") else path
+        name = f"{prefixes[component]}_{path.replace('.', '_')}"
+        if part.kind == "embedding":
+            raise _cannot(key, "an embedding", "kohya", "save as peft")
+        if part.bias is not None:
+            out[f"{name}.diff_b"] = part.bias
+        if isinstance(part, Dense):
+            if part.weight is not None:
+                out[f"{name}.diff"] = part.weight
+            continue
+        out[f"{name}.lora_down.weight"] = part.down
+        out[f"{name}.lora_up.weight"] = _up(part)
+        out[f"{name}.alpha"] = torch.tensor(float(part.rank))
+    return out
+
+
+def _peft(lora: Lora) -> dict[str, Tensor]:
+    """Keys keep their component before the path; `save` drops it, one folder per component."""
+    biased = any(p.bias is not None for p in lora.values())
+    out = {}
+    for key, part in lora.items():
+        if not isinstance(part, LowRank):
+            raise _cannot(key, "a dense update", "peft", "truncate(rank=...) it first, or save as kohya")
+        name = f"base_model.model.{key}"
+        if part.kind == "embedding":
+            if biased:
+                raise _cannot(key, "an embedding beside biases", "peft", "save them apart")
+            out[f"{name}.lora_embedding_A"], out[f"{name}.lora_embedding_B"] = part.down, part.up
+            continue
+        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = part.down, _up(part)
+        if biased:  # PEFT has the bias on all layers or on none
+            out[f"{name}.lora_B.bias"] = part.up.new_zeros(part.up.shape[0]) if part.bias is None else part.bias
+    return out
+
+
+_WRITERS: dict[str, Callable[[Lora], dict[str, Tensor]]] = {"diffusers": _diffusers, "kohya": _kohya, "peft": _peft}
+
+
+def state(lora: Lora, format: str = "diffusers") -> dict[str, Tensor]:
+    """The tensors of a file in a format, by its keys; pure. Raises ValueError for what the format cannot hold."""
+    if format not in _WRITERS:
+        raise unknown("LoRA format", format, FORMATS)
+    if not lora:
+        raise ValueError("an empty LoRA cannot be saved")
+    return _WRITERS[format](lora)
+
+
+def _peft_config(parts: Mapping[str, LowRank]) -> dict[str, Any]:
+    ranks = {path: p.rank for path, p in parts.items()}
+    usual = collections.Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{path}": r for path, r in ranks.items() if r != usual}
+    return {
+        "peft_type": "LORA",
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "target_modules": sorted(parts),
+        "lora_bias": any(p.bias is not None for p in parts.values()),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": None,
+    }
+
+
+def _texts(lora: Lora, metadata: Mapping[str, Any] | None, **more: Any) -> dict[str, str]:
+    """Header texts: the card, and the caller's entries; what is no text becomes JSON."""
+    card = lora.card
+    own = {"version": 1, "name": card.name, "category": card.category, "triggers": list(card.triggers)}
+    own |= {"family": card.family, **more}
+    if card.provenance.get("terms"):
+        own["terms"] = card.provenance["terms"]
+    texts = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
+    for name in ("lora_adapter_metadata", "format"):
+        if name in texts:
+            raise ValueError(f"metadata {name!r} is reserved: readers take the scale of the LoRA from it")
+    return {"format": "pt", "multilora": json.dumps(own), **texts}
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of `data` under `path`, or nothing: a temporary file beside it, fsync, rename."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _not_an_input(lora: Lora, path: Path) -> None:
+    """The files a LoRA came from are known by their hash: writing over one would destroy the only copy."""
+    inputs = {lora.card.sha256, *(t.get("sha256") for t in lora.card.terms())} - {"", None}
+    if inputs and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() in inputs:
+        raise ValueError(f"{path.name}: an input of the LoRA, never written over; choose another name")
+
+
+def _bytes(tensors: Mapping[str, Tensor], texts: dict[str, str], dtype: torch.dtype | None, where: str) -> bytes:
+    ready = {}
+    for key, tensor in tensors.items():
+        moved = tensor.detach().to("cpu", dtype if dtype is not None and not key.endswith(".alpha") else tensor.dtype)
+        if not torch.isfinite(moved).all():
+            wide = "values that are NaN or infinite" if dtype is None else f"values that do not fit {dtype}"
+            raise ValueError(f"{where}: key {key} has {wide}; nothing was written")
+        ready[key] = moved.contiguous().clone()  # safetensors refuses tensors that share memory
+    return pack_safetensors(ready, texts)
+
+
+def save(
+    lora: Lora,
+    path: str | Path,
+    *,
+    format: str = "diffusers",
+    dtype: torch.dtype | str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    base: Any = None,
+) -> Path:
+    """Write a Lora; the path that was written comes back.
+
+    path      a .safetensors file, for "peft" a folder: a LoRA of several components gets a subfolder for each
+    dtype     float32, float16 or bfloat16 (or its name); None keeps what the tensors have
+    metadata  header entries, e.g. {"recipe": {...}}; values that are no text become JSON
+    base      for "peft": the model whose real paths are written (text encoders differ between versions)
+
+    A file appears complete or not at all, and never over a file that the Lora was read from. Raises ValueError naming
+    the key when the format cannot hold a part or a value does not fit the dtype; OSError when the disk does.
+    """
+    path = Path(path).expanduser()
+    tensors = state(lora, format)
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise unknown("dtype of a LoRA file", dtype, _DTYPES)
+        dtype = _DTYPES[dtype]
+    if dtype not in (None, *_DTYPES.values()):
+        raise ValueError(f"dtype {dtype}: a LoRA file is written in float32, float16 or bfloat16")
+    if format == "peft":
+        return _save_peft(lora, path, dtype, metadata, base)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name}: a {format} file is named *.safetensors")
+    _not_an_input(lora, path)
+    data = _bytes(tensors, _texts(lora, metadata), dtype, path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, data)
+    return path
+
+
+def _save_peft(lora: Lora, path: Path, dtype: torch.dtype | None, metadata: Any, base: Any) -> Path:
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path.name}: the peft format is a folder, give a name without .safetensors")
+    real = {} if base is None else base_of(base).paths
+    ready = []
+    for component in lora.components:
+        prefix = component + "." if component else ""
+        own = {k: p for k, p in lora.items() if k.startswith(prefix) and (component or _bare(k))}
+        parts = {real.get(k, k[len(prefix) :]): p for k, p in own.items()}
+        folder = path / component if len(lora.components) > 1 and component else path
+        _not_an_input(lora, folder / "adapter_model.safetensors")
+        texts = _texts(lora, metadata, component=component)
+        data = _bytes(_peft(Lora(parts)), texts, dtype, folder.name)
+        ready.append((folder, data, json.dumps(_peft_config(parts), indent=2).encode()))
+    for folder, data, config in ready:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "adapter_model.safetensors", data)
+        _write(folder / "adapter_config.json", config)
+    return path
+
+
+def _bare(key: str) -> bool:
+    return key.split(".", 1)[0] not in COMPONENTS
