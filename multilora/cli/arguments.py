@@ -135,8 +135,13 @@ def check_out(out: Path, single: bool) -> None:
         raise ValueError(f"--out {str(out)!r}: several pictures come out, wanted a folder")
     if out.exists() and out.is_dir() == bool(out.suffix):
         raise ValueError(f"--out {str(out)!r}: is {'a folder' if out.is_dir() else 'a file'} already")
-    above = out.parent if out.suffix else out
+    check_folder(out.parent if out.suffix else out)
+
+
+def check_folder(folder: Path, option: str = "--out") -> None:
+    """Refuse a folder that cannot be made or written to."""
+    above = folder
     while not above.exists() and above != above.parent:
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"--out {str(out)!r}: {above} is no folder that can be written to")
+        raise ValueError(f"{option} {str(folder)!r}: {above} is no folder that can be written to")

@@ -21,7 +21,9 @@ def compose(
     method: Annotated[str | None, typer.Option(help="how LoRAs are combined, default merge; see: methods")] = None,
     option: Annotated[Many | None, typer.Option(help="KEY=VALUE of the method (METHOD.KEY with --compare)")] = None,
     compare: Annotated[str | None, typer.Option(help="methods, comma-separated: one picture each and a sheet")] = None,
-    singles: Annotated[bool, typer.Option(help="with --compare: also the base and each LoRA alone")] = False,
+    singles: Annotated[
+        bool, typer.Option("--singles", help="with --compare: also the base and each LoRA alone")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="of the starting noise, default a new one")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,

@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from multilora.cli import arguments
 
 world = typer.Typer(help="the embedded world: draw its scenes, rebuild its models and LoRAs", no_args_is_help=True)
 
 
 @world.command()
 def draw(
-    out: Annotated[Path, typer.Option(help="the picture to write")] = Path("out/world.png"),
-    count: Annotated[int, typer.Option(help="scenes", min=1, max=1024)] = 32,
-    columns: Annotated[int, typer.Option(help="scenes in a row", min=1, max=64)] = 8,
+    out: Annotated[Path, typer.Option(help="folder for pictures, captions, labels and galleries")] = Path("out/world"),
+    count: Annotated[int, typer.Option(help="scenes", min=1, max=1_000_000)] = 24,
     seed: Annotated[int, typer.Option(help="another seed, other scenes", min=0)] = 0,
-    designs: Annotated[bool, typer.Option(help="the named designs that LoRAs teach")] = False,
+    design: Annotated[
+        list[str] | None, typer.Option(help="a named design that every scene shows, such as zib; one a category")
+    ] = None,
 ) -> None:
-    """Draw a gallery of the embedded world's scenes."""
-    from multilora.cli.arguments import check_out
-    from multilora.lab.world.render import design_gallery, gallery
-    from multilora.recipe import save_png
+    """Draw scenes of the embedded world with captions and labels, and galleries of scenes and designs."""
+    from multilora.lab.world.designs import DESIGNS
+    from multilora.lab.world.stages import draw as draw_scenes
+    from multilora.method import unknown
 
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {str(out)!r}: wanted a .png file")
-    check_out(out, single=True)
-    picture = design_gallery(seed=seed) if designs else gallery(count, seed, columns)
-    print(save_png(picture, out))
+    designs: dict[str, str] = {}
+    for name in design or []:
+        if name not in DESIGNS:
+            raise unknown("--design", name, DESIGNS)
+        other = designs.setdefault(DESIGNS[name].category, name)
+        if other != name:
+            raise ValueError(f"--design {name}: {other} is a {DESIGNS[name].category} already; one a category")
+    arguments.check_folder(out)
+    draw_scenes(
+        out, count, seed, echo=lambda text: print(text, file=sys.stderr), **({"designs": designs} if designs else {})
+    )
+    print(out / "gallery.png")
+
+
+@world.command()
+def train(
+    out: Annotated[Path, typer.Option(help="folder for data, checkpoints, log and assets/")] = Path("out/world"),
+    stage: Annotated[list[str] | None, typer.Option(help="only this stage; repeat. Default all, in order")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="every stage at a size of seconds, to see that it runs")
+    ] = False,
+    stages: Annotated[bool, typer.Option("--stages", help="list the stages and stop")] = False,
+) -> None:
+    """Rebuild the embedded models and LoRAs from nothing; run again to go on where it stopped."""
+    from multilora.cli.console import print_table
+    from multilora.lab.world.stages import STAGES
+    from multilora.lab.world.stages import train as train_world
+    from multilora.method import unknown
+
+    if stages:
+        print_table(("stage", "what it makes"), [(name, entry[1]) for name, entry in STAGES.items()])
+        return
+    for name in stage or []:
+        if name not in STAGES:
+            raise unknown("--stage", name, STAGES)
+    arguments.check_folder(out)
+    train_world(out, stage, smoke, echo=lambda text: print(text, file=sys.stderr, flush=True))
+    print(out)
