@@ -79,8 +79,13 @@ def test_a_design_is_fixed_named_and_unlike_the_base(name):
     calm.pop(design.category, None)
     drawn = np.asarray(render(sample_scene(11, designs={design.category: name}, seed=11, **calm)), np.int64)
     for colour in ("red", "green", "white"):
-        generic = sample_scene(11, seed=11, **{design.category: design.kind, f"{design.category}_colour": colour, **calm}
-                               if design.category in COLOURED else {design.category: design.kind, **calm})
+        generic = sample_scene(
+            11,
+            seed=11,
+            **{design.category: design.kind, f"{design.category}_colour": colour, **calm}
+            if design.category in COLOURED
+            else {design.category: design.kind, **calm},
+        )
         moved = np.abs(drawn - np.asarray(render(generic), np.int64)).max(-1) > 40
         assert moved.sum() > 120
 
@@ -149,7 +154,9 @@ def test_every_caption_word_is_one_token(tmp_path):
     texts = [caption(sample_scene(rng)) for _ in range(50)]
     rows = encode_texts(tokenizer, texts, SMOKE.tokens)
     assert rows.shape == (50, SMOKE.tokens)
-    assert tokenizer.decode(rows[0], skip_special_tokens=True).replace(" ", "").startswith(texts[0][:3].replace(" ", ""))
+    assert (
+        tokenizer.decode(rows[0], skip_special_tokens=True).replace(" ", "").startswith(texts[0][:3].replace(" ", ""))
+    )
     assert (rows[:, -1] == tokenizer.eos_token_id).all()
 
 

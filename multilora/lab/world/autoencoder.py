@@ -120,7 +120,7 @@ def _gradient(x):
 def picture_loss(made, wanted):
     """L1 of pixels, of their differences (sharp edges) and of the halved picture. Pictures in 0..1."""
     loss = (made - wanted).abs().mean()
-    for a, b in zip(_gradient(made), _gradient(wanted)):
+    for a, b in zip(_gradient(made), _gradient(wanted), strict=True):
         loss = loss + 0.7 * (a - b).abs().mean()
     return loss + 0.5 * (F.avg_pool2d(made, 4) - F.avg_pool2d(wanted, 4)).abs().mean()
 

@@ -69,6 +69,7 @@ def build_scheduler(settings):
         algorithm_type="dpmsolver++",
         solver_order=2,
         timestep_spacing="linspace",
+        steps_offset=1,
     )
 
 
@@ -274,6 +275,14 @@ def _snapshot(out, average, tokenizer, settings, step):
     write_base(pipe, Path(out) / "tokenizer", Path(out) / "base_snapshot")
 
 
+def _edit(path, **values):
+    """Set values of a JSON file; None removes one."""
+    config = json.loads(path.read_text())
+    config.update(values)
+    config = {key: value for key, value in config.items() if key not in values or value is not None}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def write_base(pipe, tokenizer_folder, target):
     """Save the pipeline in half precision in `target`, replacing what is there in one rename."""
     target = Path(target)
@@ -284,9 +293,9 @@ def write_base(pipe, tokenizer_folder, target):
         kind = kind or type(pipe.text_encoder)
         kind.from_pretrained(fresh / part, torch_dtype=torch.float16).save_pretrained(fresh / part)
     # transformers 5 loads in the config's dtype: the plain default is single precision, as the U-Net's
-    config = json.loads((fresh / "text_encoder" / "config.json").read_text())
-    config["dtype"] = "float32"
-    (fresh / "text_encoder" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _edit(fresh / "text_encoder" / "config.json", dtype="float32")
+    # AutoencoderTiny saves this one itself and warns of it when it loads
+    _edit(fresh / "vae" / "config.json", block_out_channels=None)
     for path in Path(tokenizer_folder).iterdir():
         shutil.copy(path, fresh / "tokenizer" / path.name)
     fresh.chmod(0o755)

@@ -104,7 +104,9 @@ def _snow(pen, look):
 def _city(pen, look):
     shift = look["shift"]
     pen.box(-9, -9, 137, 100, look["sky"], None)
-    for i, (x, top, width) in enumerate(((-8, 30, 26), (20, 52, 20), (42, 20, 22), (66, 42, 20), (88, 14, 22), (112, 36, 26))):
+    for i, (x, top, width) in enumerate(
+        ((-8, 30, 26), (20, 52, 20), (42, 20, 22), (66, 42, 20), (88, 14, 22), (112, 36, 26))
+    ):
         wall = look["wall"] if i % 2 else darker(look["wall"], 0.2)
         pen.box(x + shift, top, x + shift + width, 100, wall, None)
         for y in range(top + 6, 94, 12):

@@ -117,6 +117,4 @@ def _hat(pen, look):
     if look["pattern"] == "horns":
         for side in (-1, 1):
             x = 50 + side * 15
-            pen.shape(
-                [(x, 26), (x + side * 14, 22), (x + side * 17, 3), (x + side * 9, 13), (x, 16)], (250, 242, 214)
-            )
+            pen.shape([(x, 26), (x + side * 14, 22), (x + side * 17, 3), (x + side * 9, 13), (x, 16)], (250, 242, 214))

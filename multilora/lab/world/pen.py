@@ -19,7 +19,7 @@ COLOURS = {
 
 def mix(first, second, share):
     """`first` with `share` (0 to 1) of `second` in it."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(first, second))
+    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
 
 
 def lighter(colour, share=0.55):

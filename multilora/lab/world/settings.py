@@ -21,8 +21,8 @@ class Settings:
     decoder_width: int = 32
     decoder_blocks: tuple = (3, 3, 2, 1)
     decoder_pictures: int = 60_000
-    decoder_minutes: float = 18.0
-    decoder_batch: int = 8
+    decoder_minutes: float = 66.0
+    decoder_batch: int = 4
     decoder_rate: float = 2e-3
     decoder_noise: float = 0.06
     # text
