@@ -38,6 +38,10 @@ _HELD_LOCK = threading.Lock()
 _KEPT_ROWS, _KEPT_BYTES = 64, 256 << 20  # rows whose folded factors are kept, and the size of these at most
 
 
+# The weights while they are exchanged: equal to no row, so that an interrupted exchange is done again.
+_HALFWAY = object()
+
+
 class _Hook:
     """The forward hook of one site. An object, so that `Bank` recognises its own hooks whatever happens."""
 
@@ -91,7 +95,6 @@ class Bank:
         self._gate: Callable[[str, Tensor], Tensor] | None = None
         self._in_weights: Any = None  # the [k] row that the weights hold
         self._hooks: list[Any] = []
-        self._closed = False
 
     # -- what the user sets ----------------------------------------------------------------------------------------
 
@@ -181,45 +184,52 @@ class Bank:
         """Bring the weights and the hooks in line with the row and the gate."""
         row = self._row
         plain = self._gate is None and (row is None or (isinstance(row, Row) and not row.per_sample))
-        weights = row.rows[0] if plain and row is not None and self._weights and not row.zero else None
-        if weights != self._in_weights:
-            self._exchange(weights)
+        acts = plain and row is not None and not row.zero
+        self._exchange(row if acts and self._weights else None)
         if self.eager.compiled:
-            side = not plain or (row is not None and not row.zero and len(self._weights) < len(self.sites))
+            side = not plain or (acts and len(self._weights) < len(self.sites))
             if side != self.eager.on:
                 self.eager.turn(side)
                 self.place()
 
-    def _exchange(self, weights: tuple[float, ...] | None) -> None:
-        self._in_weights = None
-        if weights is None:
-            for weight in self._weights.values():
-                weight.restore()
+    def _exchange(self, row: Row | None) -> None:
+        """The merged weights of a [k] row in place, or with None the base weights."""
+        wanted = None if row is None else row.rows[0]
+        if wanted == self._in_weights:
+            return
+        self._in_weights = _HALFWAY
+        if row is None:
+            self._restore()
+            self._in_weights = None
             return
         with torch.inference_mode(False), torch.no_grad():
-            kept = self._kept.get(weights)
-            if kept is None and self.form == "bank":
-                kept = self._keep(weights)
-            if kept is not None:
-                self._kept.move_to_end(weights)
+            kept = self._bank_entry(row) if self.form == "bank" else None
             for site, weight in self._weights.items():
                 if kept is None:
-                    self._scratch[site] = weight.build(weights, self._scratch.get(site))
+                    self._scratch[site] = weight.build(row, self._scratch.get(site))
                 weight.put((kept or self._scratch)[site])
-        self._in_weights = weights
+        self._in_weights = wanted
 
-    def _keep(self, weights: tuple[float, ...]) -> dict[Site, tuple] | None:
-        """Merged weights of a row as a new entry of the bank, the oldest ones dropped; None beyond the budget."""
-        size = sum(weight.nbytes for weight in self._weights.values())
-        if size > self.bank_bytes:
-            return None
-        while (len(self._kept) + 1) * size > self.bank_bytes:
-            for weight in self._weights.values():
-                weight.restore()
-            self._kept.popitem(last=False)
-        kept = {site: weight.build(weights) for site, weight in self._weights.items()}
-        self._kept[weights] = kept
-        return kept
+    def _restore(self) -> None:
+        for weight in self._weights.values():
+            weight.restore()
+
+    def _bank_entry(self, row: Row) -> dict[Site, Merged] | None:
+        """Merged weights of a row from the bank, made when missing, the ones used longest ago dropped for them.
+
+        None when the budget does not hold one set of weights.
+        """
+        key = row.rows[0]
+        if key not in self._kept:
+            size = sum(weight.nbytes for weight in self._weights.values())
+            if size > self.bank_bytes:
+                return None
+            while (len(self._kept) + 1) * size > self.bank_bytes:
+                self._restore()
+                self._kept.popitem(last=False)
+            self._kept[key] = {site: weight.build(row) for site, weight in self._weights.items()}
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     # -- checking --------------------------------------------------------------------------------------------------
 
@@ -247,10 +257,9 @@ class Bank:
 
     def close(self) -> None:
         """Undo everything; may be called again."""
-        self._closed = True
         self._row = self._gate = None
         self._unhook()
-        self._exchange(None)
+        self._restore()
         self.eager.turn(False)
         self._kept.clear()
         self._scratch.clear()
@@ -319,7 +328,7 @@ def attached(
         raise ValueError("attached: no LoRAs given; without LoRAs run the model as it is")
     for i, lora in enumerate(loras):
         if not isinstance(lora, Lora):
-            raise ValueError(f"attached: LoRA number {i + 1} is a {type(lora).__name__}, wanted a Lora (multilora.load)")
+            raise ValueError(f"LoRA number {i + 1} is a {type(lora).__name__}, wanted a Lora (see multilora.load)")
     sites = sites_of(model, loras, component, blocks)
     bank: Bank | None = None
     with _holding(model, sites), disabled(model):
@@ -348,8 +357,8 @@ def _holding(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
             if taken is not None:
                 where = next((f" (at {site.path})" for site in sites if site.module is taken), "")
                 raise RuntimeError(
-                    f"LoRAs are attached to this {type(root).__name__} already{where}: leave that `attached(...)` block "
-                    f"first, or give all LoRAs to one"
+                    f"LoRAs are attached to this {type(root).__name__} already{where}: leave that `attached(...)` "
+                    f"block first, or give all LoRAs to one"
                 )
             mine = wanted
             for module in mine:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from multilora.side import Branch, Stack, folded
+from multilora.side import Branch, Row, Stack
 from multilora.sites import Site
 
 WIDE = (torch.float32, torch.float64)
@@ -54,19 +52,18 @@ class Weight:
         self.now: Merged | None = None  # what stands in place of the base
         self.nbytes = sum(t.numel() * t.element_size() for t in self.base)
 
-    def build(self, row: Sequence[float], out: Merged | None = None) -> Merged:
-        """Merged weight and bias for a row [k], in new memory or that of `out`; summed in float32 or wider."""
+    def build(self, row: Row, out: Merged | None = None) -> Merged:
+        """Merged weight and bias for a [k] row, in new memory or that of `out`; summed in float32 or wider."""
         base = self.base[0]
         wide = base.dtype if base.dtype in WIDE else torch.float32
         stacked = self.branch.stacked((base.device, wide))
-        row = self.site.row(row)
         if out is None:
             out = (torch.empty_like(base, memory_format=torch.contiguous_format),
                    torch.empty_like(self.base[1]) if len(self.base) > 1 else None)  # fmt: skip
         _merge(self.site, stacked, row, base, out[0], wide)
         if out[1] is not None:
             total = self.base[1].to(wide, copy=True)
-            for v, bias in zip(row, stacked.bias, strict=True):
+            for v, bias in zip(self.site.row(row.rows[0]), stacked.bias, strict=True):
                 if v and bias is not None:
                     total.add_(bias, alpha=v)
             out[1].copy_(total)
@@ -92,19 +89,19 @@ class Weight:
         return self.now is not None and self.parameters[0].data_ptr() != self.now[0].data_ptr()
 
 
-def _merge(site: Site, s: Stack, row: Sequence[float], base: Tensor, out: Tensor, wide: torch.dtype) -> None:
+def _merge(site: Site, s: Stack, row: Row, base: Tensor, out: Tensor, wide: torch.dtype) -> None:
     """out = base + sum_i row_i delta_i, summed in `wide` and rounded once."""
     total = base.to(wide).reshape(base.shape[0], -1)
     target = out.view(total.shape) if out.dtype == wide else torch.empty_like(total)
-    live = [i for i, v in enumerate(row) if v and site.ranks[i]]
-    if live:
-        down, up = s.picked(site.ranks, live)
-        up, alpha = folded(up, [row[i] for i in live], [site.ranks[i] for i in live])
+    weights = site.row(row.rows[0])
+    if any(v and rank for v, rank in zip(weights, site.ranks, strict=True)):
+        layout = row.layout(site, (base.device, wide))
+        down, up = s.folded(layout)
         left, right = (down.T, up) if site.kind == "embedding" else (up.T, down.flatten(1))
-        torch.addmm(total, left, right, alpha=alpha, out=target)
+        torch.addmm(total, left, right, alpha=layout.alpha, out=target)
     else:
         target.copy_(total)
-    for v, dense in zip(row, s.dense, strict=True):
+    for v, dense in zip(weights, s.dense, strict=True):
         if v and dense is not None:
             target.add_(dense.reshape(target.shape), alpha=v)
     if out.dtype != wide:

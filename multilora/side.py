@@ -25,22 +25,47 @@ Step = Callable[["Branch", Tensor, Tensor], Tensor]  # (branch, x, y) -> y with 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a row folds into stacked factors; the same for all sites with the same ranks and block factors.
+
+    segments  equal runs of samples that share a row; 1 when all samples do
+    pick      which of the stacked ranks take part: a slice or an index [R']
+    shared    whether all segments read one down [R', in]; else R' = segments * width, a segment's ranks at a time
+    scale     what the picked up is multiplied by: [R', 1], [segments, R', 1] when shared, or None
+    alpha     one factor for all
+    """
+
+    segments: int
+    pick: slice | Tensor
+    shared: bool
+    scale: Tensor | None
+    alpha: float
+
+
 @dataclass(eq=False)
 class Row:
     """A row that stays for a while, as numbers: [1][k] for all samples, or [B][k].
 
-    plans   what each site does for this row, made when the site is first called under it
-    nbytes  size of the tensors that the plans made
+    layouts, plans  what follows from it, made when first needed
+    nbytes          size of the factors that the plans hold
     """
 
     rows: tuple[tuple[float, ...], ...]
     per_sample: bool
+    layouts: dict[Any, Layout] = field(default_factory=dict)
     plans: dict[tuple[Site, Where], Step | None] = field(default_factory=dict)
     nbytes: int = 0
 
     @property
     def zero(self) -> bool:
         return not any(v for row in self.rows for v in row)
+
+    def layout(self, site: Site, where: Where) -> Layout:
+        key = (site.ranks, site.factors, where)
+        if key not in self.layouts:
+            self.layouts[key] = _layout(site.ranks, [site.row(row) for row in self.rows], where)
+        return self.layouts[key]
 
 
 @dataclass(eq=False)
@@ -49,25 +74,26 @@ class Stack:
 
     down    [R, in, *kernel]   of all LoRAs, R = sum(ranks); None when no LoRA is low-rank here
     up      [R, out]           transposed, so that each LoRA's part is contiguous
-    starts  [k]                where each LoRA's ranks begin
     bias    [k] tensors [out] or None
     dense   [k] tensors of the weight's shape or None
     """
 
     down: Tensor | None
     up: Tensor | None
-    starts: list[int]
     bias: list[Tensor | None]
     dense: list[Tensor | None]
 
-    def picked(self, ranks: Sequence[int], live: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """down [Rs, ...] and up [Rs, out] of some LoRAs; views where they lie side by side."""
-        first, last = live[0], live[-1]
-        if all(ranks[i] == 0 or i in live for i in range(first, last + 1)):
-            span = slice(self.starts[first], self.starts[last] + ranks[last])
-            return self.down[span], self.up[span]
-        spans = [slice(self.starts[i], self.starts[i] + ranks[i]) for i in live]
-        return torch.cat([self.down[s] for s in spans]), torch.cat([self.up[s] for s in spans])
+    def folded(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """down [R', ...] and up [R', out] (with segments in front where each has its own), the row inside up."""
+        if isinstance(layout.pick, slice):
+            down, up = self.down[layout.pick], self.up[layout.pick]
+        else:
+            down, up = self.down.index_select(0, layout.pick), self.up.index_select(0, layout.pick)
+        if layout.scale is not None:
+            up = up * layout.scale
+        if layout.segments == 1 or layout.shared:
+            return down, up
+        return down.view(layout.segments, -1, *down.shape[1:]), up.view(layout.segments, -1, up.shape[-1])
 
 
 def stack(site: Site, where: Where) -> Stack:
@@ -76,21 +102,12 @@ def stack(site: Site, where: Where) -> Stack:
     low = [p for p in site.parts if p is not None and p.rank]
     down = torch.cat([p.down.to(device, dtype) for p in low]) if low else None
     up = torch.cat([p.up.to(device, dtype).T for p in low]).contiguous() if low else None
-    starts = [sum(site.ranks[:i]) for i in range(len(site.ranks))]
     bias, dense = [], []
     for part in site.parts:
         delta = part.delta() if part is not None and part.rank is None else None
         dense.append(None if delta is None else delta.to(device, dtype))
         bias.append(None if part is None or part.bias is None else part.bias.to(device, dtype))
-    return Stack(down, up, starts, bias, dense)
-
-
-def folded(up: Tensor, weights: Sequence[float], ranks: Sequence[int]) -> tuple[Tensor, float]:
-    """up [Rs, out] with each LoRA's weight inside; untouched, beside the factor, when all weights are one number."""
-    if all(w == weights[0] for w in weights):
-        return up, weights[0]
-    scale = [w for w, r in zip(weights, ranks, strict=True) for _ in range(r)]
-    return up * torch.tensor(scale, dtype=up.dtype, device=up.device)[:, None], 1.0
+    return Stack(down, up, bias, dense)
 
 
 class Branch:
@@ -230,14 +247,11 @@ def _plan(site: Site, stacked: Stack, row: Row, where: Where) -> Step | None:
         return None
     steps: list[Step] = []
     if any(v and site.ranks[i] for r in rows for i, v in enumerate(r)):
-        if site.kind == "linear":
-            down, up, alpha = _folded_linear(site, stacked, rows)
+        if site.kind == "linear" or (site.kind == "conv" and not row.per_sample):
+            layout = row.layout(site, where)
+            down, up = stacked.folded(layout)
             row.nbytes += _own(down, stacked.down) + _own(up, stacked.up)
-            steps.append(lambda b, x, y: b.add(x, y, kernels.add_folded, down, up, alpha))
-        elif site.kind == "conv" and not row.per_sample:
-            down, up, alpha = _folded_conv(site, stacked, rows[0])
-            row.nbytes += _own(down, stacked.down) + _own(up, stacked.up)
-            steps.append(lambda b, x, y: _add_conv(b, x, y, down, up, alpha))
+            steps.append((_linear if site.kind == "linear" else _conv)(site, down, up, layout.alpha))
         else:
             weights = torch.tensor(rows if row.per_sample else rows[0], dtype=dtype, device=device)
             steps.append(lambda b, x, y: y + b.low_rank(x, stacked, weights).to(y.dtype))
@@ -263,6 +277,23 @@ def _own(tensor: Tensor, of: Tensor) -> int:
     return 0 if same else tensor.numel() * tensor.element_size()
 
 
+def _linear(site: Site, down: Tensor, up: Tensor, alpha: float) -> Step:
+    down = down.mT
+    return lambda branch, x, y: branch.add(x, y, kernels.add_folded, down, up, alpha)
+
+
+def _conv(site: Site, down: Tensor, up: Tensor, alpha: float) -> Step:
+    groups, ones = getattr(site.module, "groups", 1), [1] * (down.ndim - 2)
+    down = down.repeat(groups, 1, *ones) if groups > 1 else down
+    up = up.T.reshape(*up.T.shape, *ones)
+
+    def step(branch: Branch, x: Tensor, y: Tensor) -> Tensor:
+        x, geometry = branch.geometry(x)
+        return branch.add(x, y, kernels.add_folded_conv, down, up, alpha, *geometry)
+
+    return step
+
+
 def segments(rows: Sequence[Sequence[float]]) -> int:
     """How many equal runs of samples with one row each the batch falls into."""
     size, run = 0, 1
@@ -274,48 +305,32 @@ def segments(rows: Sequence[Sequence[float]]) -> int:
     return len(rows) // size
 
 
-def _folded_linear(site: Site, s: Stack, rows: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor, float]:
-    """down, up and alpha for `kernels.add_folded`."""
+def _layout(ranks: Sequence[int], rows: Sequence[Sequence[float]], where: Where) -> Layout:
     g = segments(rows)
     rows = [rows[i * len(rows) // g] for i in range(g)]
-    live = [[i for i, v in enumerate(r) if v and site.ranks[i]] for r in rows]
+    starts = [sum(ranks[:i]) for i in range(len(ranks))]
+    live = [[i for i, v in enumerate(r) if v and ranks[i]] for r in rows]
     union = sorted({i for each in live for i in each})
-    ranks = [site.ranks[i] for i in union]
-    down, up = s.picked(site.ranks, union)
-    if g == 1:
-        up, alpha = folded(up, [rows[0][i] for i in union], ranks)
-        return down.T, up, alpha
-    width = max(sum(site.ranks[i] for i in each) for each in live)
-    weights = {r[i] for r, each in zip(rows, live, strict=True) for i in each}
-    alpha = weights.pop() if len(weights) == 1 else 1.0
-    if [tuple(each) for each in live] == [(i,) for i in union] and set(ranks) == {width}:
-        # One LoRA per segment, in order: the stacks are the segments' factors already.
-        up, own = folded(up, [r[i] for r, i in zip(rows, union, strict=True)], ranks)
-        return down.view(g, width, -1).transpose(1, 2), up.view(g, width, -1), own
-    shared = width == sum(ranks)  # some segment reads all LoRAs, so one down for all is as narrow as it gets
-    downs = down if shared else down.new_zeros(g, width, down.shape[1])
-    ups = up.new_zeros(g, width, up.shape[1])
-    for j, (r, each) in enumerate(zip(rows, live, strict=True)):
-        at = 0
-        for i in union if shared else each:
-            span, to = slice(s.starts[i], s.starts[i] + site.ranks[i]), slice(at, at + site.ranks[i])
-            if r[i]:
-                ups[j, to] = s.up[span] * (r[i] / alpha)
-            if not shared:
-                downs[j, to] = s.down[span]
-            at = to.stop
-    return downs.mT, ups, alpha
-
-
-def _folded_conv(site: Site, s: Stack, row: Sequence[float]) -> tuple[Tensor, Tensor, float]:
-    """down, up and alpha for `kernels.add_folded_conv`."""
-    live = [i for i, v in enumerate(row) if v and site.ranks[i]]
-    down, up = s.picked(site.ranks, live)
-    up, alpha = folded(up, [row[i] for i in live], [site.ranks[i] for i in live])
-    groups, ones = getattr(site.module, "groups", 1), [1] * (down.ndim - 2)
-    return down.repeat(groups, 1, *ones) if groups > 1 else down, up.T.reshape(*up.T.shape, *ones), alpha
-
-
-def _add_conv(branch: Branch, x: Tensor, y: Tensor, down: Tensor, up: Tensor, alpha: float) -> Tensor:
-    x, geometry = branch.geometry(x)
-    return branch.add(x, y, kernels.add_folded_conv, down, up, alpha, *geometry)
+    width = max(sum(ranks[i] for i in each) for each in live)
+    # Where some segment reads all LoRAs, one down for all is as narrow as it gets.
+    shared = g > 1 and width == sum(ranks[i] for i in union)
+    chosen = [union] if g == 1 or shared else live
+    index: list[int] = []
+    scale: list[list[float]] = [[] for _ in rows] if shared else [[]]
+    for j, each in enumerate(chosen):
+        index += [starts[i] + n for i in each for n in range(ranks[i])]
+        for target, row in zip(scale, rows if shared else [rows[j]], strict=True):
+            target += [row[i] for i in each for _ in range(ranks[i])]
+        if g > 1 and not shared:  # segments of fewer ranks are filled up with ranks times zero
+            fill = (j + 1) * width - len(index)
+            index += [0] * fill
+            scale[0] += [0.0] * fill
+    values = {v for target in scale for v in target}
+    alpha = values.pop() if len(values) == 1 else 1.0
+    device, dtype = where
+    scales = None
+    if values:
+        scales = torch.tensor(scale if shared else scale[0], dtype=dtype, device=device)[..., None]
+    first, last = index[0], index[-1] + 1
+    side_by_side = index == list(range(first, last))
+    return Layout(g, slice(first, last) if side_by_side else torch.tensor(index, device=device), shared, scales, alpha)
