@@ -131,7 +131,7 @@ def family_of(lora: Lora | Iterable[str]) -> str:
             return "sdxl"
         if any(n.startswith(("unet.down_blocks.0.attentions", "unet.up_blocks.3.")) for n in unet):
             return "sd15"
-        return "sdxl" if any(n.startswith("text_encoder_2.") for n in names) else ""
+        return "sdxl" if any(n.startswith(("text_encoder_2.", "unet.up_blocks.0.attentions")) for n in names) else ""
     made = [n for n in names if n.startswith("transformer.")]
     if any(".single_transformer_blocks." in n for n in made):
         return "flux2" if any(".to_qkv_mlp_proj" in n for n in made) else "flux"

@@ -135,7 +135,7 @@ def _card(lora: Lora, metadata: Mapping[str, str], digest: str, path: Path, name
     text = {k: own[k] for k in ("name", "category", "family") if isinstance(own.get(k), str)}
     triggers = own.get("triggers") if isinstance(own.get("triggers"), list) else []
     triggers = [t for t in triggers if isinstance(t, str)]
-    family = family_of(lora) or text.get("family", "") or (base.family if base else "")
+    family = (base.family if base else "") or text.get("family", "") or family_of(lora)
     provenance = {**lora.card.provenance, "file": path.name}
     own_name = name or text.get("name") or (path.stem if path.is_file() else path.name)
     return Card(own_name, text.get("category", ""), tuple(triggers), family, digest, provenance)
@@ -267,9 +267,9 @@ def _parts(
 ) -> list[LowRank | Dense]:
     """The updates that one layer of a file holds: `count` of them when it is a fused projection."""
     got = {role: tensor for role, (_, tensor) in roles.items()}
-    shown = next(iter(roles.values()))[0]
     embedding = "embedding_down" in got or "embedding_up" in got
     low, high = ("embedding_down", "embedding_up") if embedding else ("down", "up")
+    shown = (roles.get(low) or roles.get(high) or next(iter(roles.values())))[0]
     try:
         bias = got["bias"].flatten() if "bias" in got else _bias(layer, got, base, source)
         if low not in got and high not in got:
@@ -294,7 +294,7 @@ def _parts(
         alpha, rslora = scales.of(layer, down.shape[0])
         if "alpha" in got:
             if got["alpha"].numel() != 1:
-                raise ValueError(f"alpha has shape {list(got['alpha'].shape)}, wanted one number")
+                raise ValueError(f"its alpha has shape {list(got['alpha'].shape)}, wanted one number")
             alpha, rslora = float(got["alpha"]), False
         if alpha is not None and alpha <= 0:
             effect = "no" if alpha == 0 else "a reversed"
@@ -343,9 +343,10 @@ def fits(lora: Lora, base: Any, *, source: str | None = None) -> None:
     bad = {k: why for k in checked if (why := _misfit(lora[k], base, k))}
     if not bad:
         return
-    made = FAMILIES.get(lora.card.family or family_of(lora), lora.card.family)
+    family = lora.card.family or family_of(lora)
+    made = FAMILIES.get(family, family)
     matching = f"{len(checked) - len(bad)} of {len(checked)} modules match"
-    apart = made != base.name and len(bad) > len(checked) // 2
+    apart = made != base.name and ((family and base.family) or len(bad) > len(checked) // 2)
     head = f"made for {made}, this is {base.name}: {matching}" if apart else f"does not fit {base.name}: {matching}"
     first = next(iter(bad))
     near = difflib.get_close_matches(first, base.shapes, n=1) if first not in base.shapes else []

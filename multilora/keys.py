@@ -32,6 +32,7 @@ SUFFIXES = {
     ".diff_b": "bias",
     ".diff": "diff",
     ".alpha": "alpha",
+    ".base_layer.bias": "whole_bias",
     ".bias": "whole_bias",
 }
 # Words in a key that mean another kind of adapter; a file with one of them is refused by its kind.
