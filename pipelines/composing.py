@@ -182,7 +182,8 @@ def composing(
     members = [m for m in members if not m.weight.is_zero]
     encodings = Encodings(pipe, denoiser, members, text_encoder)
     if not members:
-        yield None
+        with lane(denoiser):  # another thread's composition is no part of the untouched model
+            yield None
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(lane(denoiser))
@@ -195,7 +196,7 @@ def composing(
                 blocks=[dict(m.blocks) or None for m in members],
             )
         )
-        clock = stack.enter_context(step_clock(pipe.scheduler))
+        clock = stack.enter_context(step_clock(pipe.scheduler, lambda: getattr(pipe, "_num_timesteps", None)))
         stack.enter_context(encodings.listening())
         conductor = Conductor(
             denoiser,
