@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
@@ -22,6 +23,7 @@ from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_pipeline
 from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.preview import preview as latent_preview
 from multilora.recipe import LoraUse, Recipe, Resolved
+from multilora.schedule import parse_prompt
 
 __all__ = ["Cancelled", "Composed", "Composer", "composing"]
 
@@ -112,6 +114,21 @@ class Composer:
                     f"{low + multiple}"
                 )
 
+    def _tagged(self, prompt: str) -> tuple[str, list[Member]]:
+        """The prompt without its `<lora:...>` tags, and the composer's members with the tagged ones added.
+
+        A tag that names a member gives that member its weight for this picture.
+        """
+        clean, tags = parse_prompt(prompt)
+        members = dict(self.loras)
+        for tag in tags:
+            if tag.name in members:
+                members[tag.name] = dataclasses.replace(members[tag.name], weight=tag.weight)
+            else:
+                new = member(self.pipe, tag.name, weight=tag.weight, text_encoder_weight=tag.text_encoder_weight)
+                members[tag.name] = new
+        return clean, list(members.values())
+
     @contextlib.contextmanager
     def _scheduler(self, name: str | None, config: Mapping[str, Any] | None) -> Any:
         """A fresh scheduler for one run: no state from the last picture, none left behind."""
@@ -155,7 +172,7 @@ class Composer:
         cancel: Any = None,
         **method_options: Any,
     ) -> Composed:
-        """Draw the prompt with the composer's LoRAs.
+        """Draw the prompt with the composer's LoRAs, and those that it names as `<lora:name:0.8>`.
 
         method, options        a route method and its options (also as keywords: every=5)
         seed                   of the starting noise; None draws one, the recipe holds it. Picture i of several uses
@@ -163,8 +180,9 @@ class Composer:
         width, height          in pixels, default the model's own size
         scheduler              class name of a compatible diffusers scheduler, default the pipeline's
         text_encoder, scale, form, passes_per_call, cancel    see composing
-        progress               called after each step with (step, steps, {"method": ..., "passes": ...})
-        preview                called after each step with (step, steps, small PIL picture)
+        progress               called after each step of the scheduler (two per step for Heun and the like) with
+                               (step, steps, {"method": ..., "passes": ...})
+        preview                likewise, with (step, steps, small PIL picture)
 
         Other keywords go to the method. Raises ValueError for bad arguments before anything runs, Cancelled when
         `cancel` was set: then there is no picture.
@@ -179,8 +197,9 @@ class Composer:
             raise ValueError(f"guidance_scale={guidance!r}: a finite number is wanted")
         width, height = width or self.size[0], height or self.size[1]
         self._check_size(width, height)
+        prompt, members = self._tagged(prompt)
         factor = self.pipe.vae_scale_factor
-        for m in self.loras.values():
+        for m in members:
             if m.mask is not None:
                 fit_mask(m.mask, (height // factor, width // factor), m.name)
         seed = secrets.randbelow(2**32) if seed is None else seed
@@ -205,7 +224,7 @@ class Composer:
             conductor = stack.enter_context(
                 composing(
                     self.pipe,
-                    list(self.loras.values()),
+                    members,
                     bound,
                     text_encoder=text_encoder,
                     scale=scale,
@@ -232,7 +251,7 @@ class Composer:
                 negative_prompt=negative_prompt or "",
                 base=self.base,
                 base_family=files.family_of_model(self.pipe),
-                loras=[_use(m) for m in self.loras.values()],
+                loras=[_use(m) for m in members],
                 method=bound.record.name,
                 options=bound.options,
                 scheduler=type(used).__name__,
