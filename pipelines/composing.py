@@ -211,5 +211,3 @@ def composing(
         )
         stack.enter_context(intercepted(denoiser, conductor))
         yield conductor
-
-

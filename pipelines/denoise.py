@@ -248,9 +248,7 @@ class Conductor:
             self.bank.row = flat[0] if same else torch.tensor(flat, dtype=torch.float64)
         if times == 1:
             return [model(**arguments)]
-        repeated = {
-            n: inputs.repeat(v, times) if n in self.table.per_sample else v for n, v in arguments.items()
-        }
+        repeated = {n: inputs.repeat(v, times) if n in self.table.per_sample else v for n, v in arguments.items()}
         for path in self._texted(arguments):  # already holds every run's own encoding
             inputs.put(repeated, path, inputs.get(arguments, path))
         return _split(model(**repeated), times)

@@ -340,5 +340,3 @@ def _use(m: Member) -> LoraUse:
         mask=m.mask_reference or None,
         mask_sha256=digest,
     )
-
-

@@ -40,9 +40,11 @@ class Inputs:
 _UNET = Inputs(
     sample="sample",
     per_sample=frozenset(
-        "sample timestep encoder_hidden_states class_labels timestep_cond attention_mask added_cond_kwargs "
-        "down_block_additional_residuals mid_block_additional_residual down_intrablock_additional_residuals "
-        "encoder_attention_mask".split()
+        {
+            "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask",
+            "added_cond_kwargs", "down_block_additional_residuals", "mid_block_additional_residual",
+            "down_intrablock_additional_residuals", "encoder_attention_mask",
+        }
     ),
     shared=frozenset({"return_dict", "cross_attention_kwargs"}),
     text={"encoder_hidden_states": "prompt_embeds", "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"},
@@ -50,7 +52,10 @@ _UNET = Inputs(
 _SD3 = Inputs(
     sample="hidden_states",
     per_sample=frozenset(
-        "hidden_states encoder_hidden_states pooled_projections timestep block_controlnet_hidden_states".split()
+        {
+            "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep",
+            "block_controlnet_hidden_states",
+        }
     ),
     shared=frozenset({"return_dict", "joint_attention_kwargs", "skip_layers"}),
     text={"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"},
@@ -58,8 +63,10 @@ _SD3 = Inputs(
 _FLUX = Inputs(
     sample="hidden_states",
     per_sample=frozenset(
-        "hidden_states encoder_hidden_states pooled_projections timestep guidance controlnet_block_samples "
-        "controlnet_single_block_samples".split()
+        {
+            "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance",
+            "controlnet_block_samples", "controlnet_single_block_samples",
+        }
     ),
     shared=frozenset({"return_dict", "joint_attention_kwargs", "img_ids", "txt_ids", "controlnet_blocks_repeat"}),
     text={"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"},
