@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from multilora.kernels import reference
 from torch import Tensor
+
+from multilora.kernels import reference
 
 IMPLEMENTATIONS = ("torch", "reference")
 

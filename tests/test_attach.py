@@ -267,15 +267,14 @@ def test_everything_is_undone_after_an_error_anywhere(form, error, at, monkeypat
     monkeypatch.setattr(
         nn.Module, "register_forward_hook", lambda m, *a, **k: (place(m, *a, **k), trip())[0]
     )  # after the hook is in place, before its handle is known
-    with pytest.raises(error):
-        with attached(net, loras, form=form) as bank:
-            for row in ([1, 2, 3], [[1, 2, 3]] * 6, [0, 1, 0]):
-                bank.row = row
-                bank.gate = None if at % 2 else lambda path, h: (trip(), torch.ones(3))[1]
-                net(ids, x)
-                trip()
+    with pytest.raises(error), attached(net, loras, form=form) as bank:
+        for row in ([1, 2, 3], [[1, 2, 3]] * 6, [0, 1, 0]):
+            bank.row = row
+            bank.gate = None if at % 2 else lambda path, h: (trip(), torch.ones(3))[1]
+            net(ids, x)
             trip()
-            raise error
+        trip()
+        raise error
     monkeypatch.undo()
     _same(net, bits)
     assert all(torch.equal(a, b) for a, b in zip(net(ids, x), base, strict=True))
@@ -301,7 +300,7 @@ def test_two_users_at_once_are_refused():
 
 
 def test_a_moved_model_is_restored_where_it_is():
-    net, (ids, x) = _net(), _inputs()
+    net = _net()
     base = {n: t.clone() for n, t in net.state_dict().items()}
     with attached(net, _loras(), form="rebuilt") as bank:
         bank.row = [1, 1, 1]
