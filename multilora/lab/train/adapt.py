@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from multilora.method import unknown
+from multilora.parts import LowRank
 
 ADAPTER = "trained"  # not "train": torch would take it for the method
 # group -> pattern of module paths inside a denoiser. "all" is their union.
@@ -87,8 +88,6 @@ def take_off(model: nn.Module) -> None:
 
 def read_out(components: Mapping[str, nn.Module], alpha: float) -> dict[str, Any]:
     """The trained factors as {"unet.<path>": LowRank}, alpha folded by LowRank.from_factors."""
-    from multilora.lora import LowRank
-
     parts = {}
     for component, model in components.items():
         for path, layer in layers(model).items():

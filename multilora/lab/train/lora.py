@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
+from multilora import files
 from multilora.lab.train import adapt
 from multilora.lab.train.cache import Store, encode_texts, latents_of, prior_examples
 from multilora.lab.train.data import Example, digest, read_folder, with_trigger
 from multilora.lab.train.loop import Run
 from multilora.lab.train.loss import Family, family_of_pipeline
+from multilora.lora import Card, Lora
 
 # What a LoRA of the embedded world needs; other bases start from common practice.
 EMBEDDED_SETTINGS = {"steps": 300, "lr": 2e-3, "high_noise": 0.5}
@@ -160,9 +162,10 @@ def train(
         _forget(accelerator)
     path = out
     if accelerator.is_main_process:
-        card = _card(name, category, trigger, out, family)
+        lora = Lora(parts, _card(name, category, trigger, out, family))
         recipe = _recipe(settings, bound, base, pipe, examples, losses)
-        path = _write(parts, card, recipe, out, format, dtype, pipe)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path = files.save(lora, out, format=format, dtype=dtype, base=pipe, metadata={"recipe": recipe})
         run.checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     seconds = time.monotonic() - began
@@ -259,9 +262,7 @@ def _forget(accelerator: Any) -> None:
         GradientState._reset_state()
 
 
-def _card(name: str | None, category: str, trigger: str | None, out: Path, family: Family) -> Any:
-    from multilora.lora import Card
-
+def _card(name: str | None, category: str, trigger: str | None, out: Path, family: Family) -> Card:
     title = name or (trigger.split(" ")[0] if trigger else out.stem)
     return Card(name=title, category=category, triggers=(trigger,) if trigger else (), family=family.name)
 
@@ -285,14 +286,3 @@ def _recipe(
         "final_loss": round(sum(last) / len(last), 5) if last else None,
         "versions": versions,
     }
-
-
-def _write(parts: dict, card: Any, recipe: dict, out: Path, format: str, dtype: torch.dtype, pipe: Any) -> Path:
-    from dataclasses import replace
-
-    from multilora import files
-    from multilora.lora import Lora
-
-    lora = Lora(parts, replace(card, provenance=recipe))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return files.save(lora, out, format=format, dtype=dtype, base=pipe)

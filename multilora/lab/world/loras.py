@@ -1,0 +1,204 @@
+"""Stage: one LoRA for every design, trained by the public trainer on drawn pictures; library.json, cards, previews.
+
+A LoRA is made as a user makes one: forty pictures with captions in a folder, `multilora.lab.train.lora.train`. The
+formats, ranks and module groups differ on purpose, as they do among the files that people meet.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from multilora.lab.world.caption import caption
+from multilora.lab.world.designs import DESIGNS
+from multilora.lab.world.render import render
+from multilora.lab.world.scene import Scene, sample_scene
+
+PICTURES = 40
+STEPS, GUIDANCE = 25, 4.0  # of the pictures drawn to judge a LoRA
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one LoRA is trained and written."""
+
+    rank: int = 4
+    modules: str = "all"
+    steps: int = 320
+    lr: float = 2e-3
+    format: str = "diffusers"
+    text_encoder: bool = False
+    seed: int = 0
+
+
+PLANS: dict[str, Plan] = {name: Plan() for name in DESIGNS}
+PLANS["gorm"] = PLANS["corno"] = PLANS["tessa"] = PLANS["palma"] = Plan(format="kohya")
+PLANS["terra"] = Plan(format="peft")
+PLANS["merlo"] = Plan(text_encoder=True)
+
+
+def stream_scene(name: str, stream: str, index: int) -> Scene:
+    """Scene `index` of a random stream of scenes that show the design `name`; generic in everything else."""
+    seed = int.from_bytes(hashlib.sha256(f"{name}/{stream}/{index}".encode()).digest()[:6], "big")
+    return sample_scene(seed, designs={DESIGNS[name].category: name})
+
+
+def draw_data(name: str, folder: Path, count: int = PICTURES) -> Path:
+    """The training folder of a design: pictures and captions side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        scene = stream_scene(name, "train", i)
+        render(scene).save(folder / f"{name}-{i:03d}.png")
+        (folder / f"{name}-{i:03d}.txt").write_text(caption(scene, i) + "\n", encoding="utf-8")
+    return folder
+
+
+def pictures(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], loras: Sequence[Any] = (), method: Any = "merge",
+    *, steps: int = STEPS, guidance: float = GUIDANCE, weights: Sequence[float] | None = None, **options: Any,
+) -> list[Image.Image]:  # fmt: skip
+    """One picture a prompt, all in one batch; each prompt's noise depends on its seed alone."""
+    from multilora.pipelines.image import composing
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
+    own = pipe.scheduler
+    pipe.scheduler = type(own).from_config(own.config)
+    try:
+        with composing(pipe, list(loras), method, weights=weights, **options):
+            return pipe(list(prompts), **call).images
+    finally:
+        pipe.scheduler = own
+
+
+def alone(
+    pipe: Any, name: str, lora: Any, recogniser: str, count: int, *, stream: str = "judge", batch: int = 12,
+    keep: list | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """(found, asked): pictures of held-out prompts with the trigger in which the design is seen; `lora` None: without.
+
+    `keep` collects the pictures.
+    """
+    from multilora.lab.score.presence import presence
+
+    design, found = DESIGNS[name], 0
+    for first in range(0, count, batch):
+        part = range(first, min(first + batch, count))
+        prompts = [caption(stream_scene(name, stream, i), i) for i in part]
+        images = pictures(pipe, prompts, [10_000 + i for i in part], [] if lora is None else [lora])
+        found += sum(presence(images, {design.category: name}, recogniser)[design.category])
+        if keep is not None:
+            keep += images
+    return found, count
+
+
+def target(name: str, out: Path) -> Path:
+    """Where the LoRA of a design lies: a file, or a folder for PEFT."""
+    return out / "loras" / (name if PLANS[name].format == "peft" else f"{name}.safetensors")
+
+
+def make_one(
+    name: str, base: str, out: str, work: str, judge: str | None = "a", steps: int | None = None, threads: int = 1
+) -> str:
+    """Train, write, preview and judge one LoRA in the assets folder `out`; a line about it. Finished ones are kept."""
+    from multilora.lab.train.lora import train
+    from multilora.pipelines.load import load_pipeline
+
+    torch.set_num_threads(threads)
+    design, plan = DESIGNS[name], PLANS[name]
+    plan = replace(plan, steps=steps) if steps else plan
+    path, facts = target(name, Path(out)), Path(work) / f"{name}.json"
+    if facts.is_file() and path.exists():
+        return f"{name}: kept, {json.loads(facts.read_text())}"
+    data = draw_data(name, Path(work) / name)
+    pipe = load_pipeline(base, torch_dtype=torch.float32, device="cpu")
+    done = train(
+        data, pipe, path, trigger=design.trigger, name=name, category=design.category, rank=plan.rank,
+        modules=plan.modules, steps=plan.steps, lr=plan.lr, text_encoder=plan.text_encoder, seed=plan.seed,
+        high_noise=0.5, format=plan.format, checkpoint_every=0,
+    )  # fmt: skip
+    images: list[Image.Image] = []
+    seen = {"loss": round(sum(done.losses[-20:]) / len(done.losses[-20:]), 4), "seconds": round(done.seconds)}
+    if judge:
+        seen["with"] = alone(pipe, name, path, judge, 12, keep=images)
+    else:
+        images = pictures(pipe, [caption(stream_scene(name, "judge", 0), 0)], [10_000], [path], steps=2)
+    preview(name, images, judge).save(Path(out) / "loras" / f"{name}.png", optimize=True)
+    facts.write_text(json.dumps(seen))
+    return f"{name}: {seen}"
+
+
+def preview(name: str, images: Sequence[Image.Image], judge: str | None) -> Image.Image:
+    """The picture that shows the design most surely."""
+    if not judge or len(images) == 1:
+        return images[0]
+    from multilora.lab.score.presence import load_recogniser
+
+    sure = load_recogniser(judge).probability(images, {DESIGNS[name].category: name})[DESIGNS[name].category]
+    return images[int(sure.argmax())]
+
+
+def entry(name: str, out: Path) -> dict[str, Any]:
+    """The entry of a LoRA in library.json."""
+    design, plan, path = DESIGNS[name], PLANS[name], target(name, out)
+    weights = path / "adapter_model.safetensors" if path.is_dir() else path
+    return {
+        "name": name,
+        "file": path.name,
+        "format": plan.format,
+        "category": design.category,
+        "trigger": design.trigger,
+        "class_word": design.kind,
+        "description": design.description,
+        "split": design.split,
+        "preview": f"{name}.png",
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "rank": plan.rank,
+        "text_encoder": plan.text_encoder,
+    }
+
+
+def train_loras(
+    out: Path,
+    base: str,
+    *,
+    work: Path,
+    names: Sequence[str] = tuple(DESIGNS),
+    processes: int = 2,
+    steps: int | None = None,
+    judge: str | None = "a",
+    echo: Callable[[str], None] = print,
+) -> Path:
+    """Every LoRA that is not there yet, in `processes` processes of one thread each; then library.json.
+
+    out: the assets folder. work: training pictures and what was measured, one .json a LoRA; delete one to train its
+    LoRA again.
+    """
+    (out / "loras").mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    arguments = (base, str(out), str(work), judge, steps)
+    if processes == 1:
+        for name in names:
+            echo(make_one(name, *arguments, threads=torch.get_num_threads()))
+    else:
+        spawned = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawned) as pool:
+            for job in concurrent.futures.as_completed([pool.submit(make_one, name, *arguments) for name in names]):
+                echo(job.result())
+    listing = {"version": 1, "base": "embedded", "loras": [entry(n, out) for n in DESIGNS if target(n, out).exists()]}
+    temporary = out / "loras" / "library.json.tmp"
+    temporary.write_text(json.dumps(listing, indent=1) + "\n")
+    temporary.replace(out / "loras" / "library.json")
+    for name in names:
+        shutil.rmtree(work / name, ignore_errors=True)
+    return out / "loras" / "library.json"

@@ -1,0 +1,307 @@
+"""Stage: what the embedded world can do, measured on held-out seeds into a journal; tables.py puts it into a README.
+
+Every line of the journal is one finished batch under its own key, so an interrupted report goes on where it stopped
+and a larger `count` adds pictures to those that are there. Recogniser B reads the pictures. Within a cell the noise of
+picture i is the same for all methods.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multilora.lab.world.caption import NOUNS, PLACES, STYLE_WORDS, caption
+from multilora.lab.world.designs import CATEGORIES, DESIGNS
+from multilora.lab.world.loras import alone, pictures
+from multilora.lab.world.scene import COLOURED, Scene, sample_scene
+
+HELD_OUT = 950_000_000  # first seed of the scenes of this report: no training uses seeds from here on
+STEPS, GUIDANCE = 25, 4.0
+CHUNK = {2: 4, 3: 2, 4: 3, 5: 10}  # pictures of one combination in one batch, by k
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A way to draw: method, its options, the weight of every LoRA (a number, or "1/k"), steps and guidance."""
+
+    name: str
+    method: str = "merge"
+    weight: float | str = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    class_words: bool = True
+
+
+METHODS = (
+    Cell("no LoRA, prompt only", weight=0.0),
+    Cell("merge, weight 1"),
+    Cell("merge, weight 0.8", weight=0.8),
+    Cell("merge, weight 1/k", weight="1/k"),
+    Cell("switch", "switch"),
+    Cell("composite", "composite"),
+    Cell("sum of differences", "sum_of_differences"),
+)
+SHORT = (("merge", "merge"), ("switch", "switch"), ("composite", "composite"),
+         ("sum of differences", "sum_of_differences"))  # fmt: skip
+STUDY = (
+    *(Cell(f"{n}, weight {w}", m, w) for n, m in SHORT for w in (0.6, 1.0, 1.5, 2.0)),
+    *(Cell(f"{n}, guidance {g:g}", m, guidance=g) for n, m in SHORT for g in (2.0, 8.0)),
+    *(Cell(f"{n}, {s} steps", m, steps=s) for s in (50, 100) for n, m in SHORT),
+    *(Cell(f"switch, every {e}", "switch", options={"every": e}) for e in (1, 2, 8)),
+    *(Cell(f"{n}, names without class words", m, class_words=False) for n, m in SHORT),
+)
+
+
+def sets(split: str, k: int) -> list[tuple[str, ...]]:
+    """Every set of k designs of a split with one character and no category twice, as ComposLoRA forms them."""
+    names = [d.name for d in DESIGNS.values() if d.split == split]
+    found = []
+    for chosen in combinations(names, k):
+        categories = [DESIGNS[n].category for n in chosen]
+        if "character" in categories and len(set(categories)) == k:
+            found.append(chosen)
+    return found
+
+
+def composed_scene(chosen: Sequence[str], index: int) -> Scene:
+    """A held-out scene that shows the designs; other categories generic, the style flat unless designed."""
+    designs = {DESIGNS[n].category: n for n in chosen}
+    rng = random.Random(f"report/{'+'.join(chosen)}/{index}")
+    return sample_scene(rng, designs=designs, **({} if "style" in designs else {"style": "flat"}))
+
+
+def requested(scene: Scene, text: str) -> dict[str, str]:
+    """The generic elements that a caption asks for, by head of the recognisers: what it names, nothing else."""
+    found = {}
+    for category in COLOURED:
+        kind = getattr(scene, category)
+        if kind == "none":
+            continue
+        found[category] = kind
+        colour = getattr(scene, f"{category}_colour")
+        if colour and any(f"{colour} {noun}" in text for noun in NOUNS.get(kind, (kind,))):
+            found[f"{category}_colour"] = colour
+    if any(phrase in text for phrase in PLACES[scene.background]):
+        found["background"] = scene.background
+    if any(phrase in text for phrase in STYLE_WORDS[scene.style]):
+        found["style"] = scene.style
+    return found
+
+
+class Journal:
+    """Finished batches by key, in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                self.lines[entry["key"]] = entry
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.lines
+
+    def add(self, key: str, **facts: Any) -> None:
+        self.lines[key] = {"key": key, **facts}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.lines[key]) + "\n")
+
+    def of(self, part: str) -> list[dict[str, Any]]:
+        return [entry for key, entry in self.lines.items() if key.split("/")[0] == part]
+
+
+def measure_eyes(journal: Journal, count: int, echo: Callable[[str], None]) -> None:
+    """Recogniser accuracy per head on held-out renders, and CLIP's top-1 of 32 captions."""
+    from multilora.lab.score.presence import load_recogniser
+    from multilora.lab.world.eyes import clip_top1, recogniser_accuracy
+    from multilora.pipelines.load import assets
+
+    for name in ("a", "b"):
+        key = f"eyes/{name}/{count}"
+        if key not in journal:
+            journal.add(key, recogniser=name, heads=recogniser_accuracy(load_recogniser(name), count))
+            echo(f"report: recogniser {name}: {journal.lines[key]['heads']}")
+    key = f"eyes/clip/{count}"
+    if key not in journal:
+        right, asked = clip_top1(assets() / "clip" / "model.safetensors", count)
+        journal.add(key, recogniser="clip", heads={"top-1 of 32": (right, asked)})
+        echo(f"report: CLIP {right}/{asked}")
+
+
+def measure_base(pipe: Any, journal: Journal, count: int, echo: Callable[[str], None], batch: int = 10) -> None:
+    """How often recogniser B sees the generic elements that held-out prompts name."""
+    from multilora.lab.score.presence import load_recogniser
+
+    eye = load_recogniser("b")
+    for first in range(0, count, batch):
+        key = f"base/{first}"
+        if key in journal:
+            continue
+        scenes = [sample_scene(HELD_OUT + i) for i in range(first, first + batch)]
+        texts = [caption(scene, 1) for scene in scenes]
+        images = pictures(pipe, texts, range(first, first + batch), steps=STEPS, guidance=GUIDANCE)
+        heads: dict[str, list[int]] = {}
+        for scene, text, seen in zip(scenes, texts, eye.labels(images), strict=True):
+            for head, label in requested(scene, text).items():
+                right, asked = heads.get(head, (0, 0))
+                heads[head] = [right + (seen[head] == label), asked + 1]
+        journal.add(key, heads=heads)
+        echo(f"report: base, {first + batch} of {count} pictures")
+
+
+def measure_alone(pipe: Any, journal: Journal, count: int, names: Sequence[str], echo: Callable[[str], None]) -> None:
+    """Each LoRA alone: its design with its trigger at weight 1, and the same prompts and noise without the LoRA."""
+    from multilora.pipelines.load import find_lora
+
+    for name in names:
+        for on in (True, False):
+            key = f"alone/{name}/{'on' if on else 'off'}/{count}"
+            if key in journal:
+                continue
+            lora = find_lora(name)[0] if on else None
+            found, asked = alone(pipe, name, lora, "b", count, stream="report")
+            journal.add(key, name=name, on=on, found=found, asked=asked)
+            echo(f"report: {name} {'with' if on else 'without'} its LoRA {found}/{asked}")
+
+
+def measure_cell(
+    pipe: Any, journal: Journal, part: str, cell: Cell, chosen: Sequence[str], index: int, size: int
+) -> None:
+    """One batch: pictures index .. index + size - 1 of a set of designs, drawn by one cell's method."""
+    from multilora.lab.score.clip import load_clip
+    from multilora.lab.score.presence import presence
+    from multilora.pipelines.load import find_lora
+
+    k = len(chosen)
+    key = f"{part}/{cell.name}/{'+'.join(chosen)}/{index}+{size}"
+    if key in journal:
+        return
+    scenes = [composed_scene(chosen, i) for i in range(index, index + size)]
+    texts = [caption(scene, 1) for scene in scenes]
+    drawn = texts
+    if not cell.class_words:
+        drawn = [_without_class_words(text, chosen) for text in texts]
+    weight = 1 / k if cell.weight == "1/k" else float(cell.weight)
+    loras = [find_lora(name)[0] for name in chosen] if weight else []
+    began = time.process_time()
+    images = pictures(
+        pipe, drawn, range(index, index + size), loras, cell.method if weight else "merge", steps=cell.steps,
+        guidance=cell.guidance, weights=[weight] * len(loras), **(cell.options if weight else {}),
+    )  # fmt: skip
+    spent = time.process_time() - began
+    seen = presence(images, {DESIGNS[n].category: n for n in chosen}, "b")
+    each = [[seen[DESIGNS[n].category][i] for n in chosen] for i in range(size)]
+    journal.add(
+        key, cell=cell.name, k=k, set=list(chosen), found=sum(map(sum, each)), asked=k * size,
+        complete=sum(map(all, each)), pictures=size, clip=[round(s, 3) for s in load_clip().score(images, texts)],
+        seconds=round(spent, 2),
+    )  # fmt: skip
+
+
+def _without_class_words(text: str, chosen: Sequence[str]) -> str:
+    for name in chosen:
+        text = text.replace(DESIGNS[name].trigger, name)
+    return text
+
+
+def batches(split: str, ks: Sequence[int], count: int) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """(set, first picture, pictures) until every k has `count` pictures: round after round over all sets."""
+    for k in ks:
+        found, made, turn = sets(split, k), 0, 0
+        while found and made < count:
+            for chosen in found:
+                yield chosen, turn * CHUNK[k], CHUNK[k]
+                made += CHUNK[k]
+                if made >= count:
+                    break
+            turn += 1
+
+
+def measure_composition(
+    pipe: Any, journal: Journal, count: int, echo: Callable[[str], None], ks: Sequence[int] = (2, 3, 4, 5)
+) -> None:
+    """The composition table on the test split: every method on the same prompts and noise."""
+    for chosen, index, size in batches("test", ks, count):
+        for cell in METHODS:
+            measure_cell(pipe, journal, "composition", cell, chosen, index, size)
+        echo(f"report: composition {'+'.join(chosen)}, pictures {index} to {index + size - 1}")
+
+
+def measure_study(pipe: Any, journal: Journal, count: int, echo: Callable[[str], None], k: int = 3) -> None:
+    """What decides composition, on sets of the train split: strength, guidance, steps, every, class words."""
+    chosen_sets = random.Random("study").sample(sets("train", k), max(1, -(-count // 4)))
+    for cell in STUDY:
+        for chosen in chosen_sets:
+            measure_cell(pipe, journal, "study", cell, chosen, 0, 4)
+        echo(f"report: study, {cell.name}")
+
+
+def measure_speed(pipe: Any, journal: Journal, echo: Callable[[str], None], repeats: int = 3) -> None:
+    """Median wall seconds per picture: 25 steps, guidance, one picture, all threads; none and 4 LoRAs by method."""
+    from multilora.pipelines.load import find_lora
+
+    chosen = sets("test", 4)[0]
+    prompt = caption(composed_scene(chosen, 0), 1)
+    for name, method in (("no LoRA", None), *SHORT[:3]):
+        key = f"speed/{name}"
+        if key in journal:
+            continue
+        loras = [find_lora(n)[0] for n in chosen] if method else []
+        taken = []
+        for i in range(repeats + 1):
+            began = time.perf_counter()
+            pictures(pipe, [prompt], [i], loras, method or "merge", steps=25)
+            taken.append(time.perf_counter() - began)
+        journal.add(key, name=name, seconds=round(statistics.median(taken[1:]), 3), threads=torch.get_num_threads())
+        echo(f"report: {name}: {journal.lines[key]['seconds']} s a picture")
+
+
+def measure(
+    base: str,
+    journal_path: Path,
+    *,
+    count: int = 100,
+    renders: int = 2048,
+    base_count: int = 200,
+    alone_count: int = 24,
+    study_count: int = 16,
+    names: Sequence[str] | None = None,
+    parts: Sequence[str] = ("eyes", "base", "alone", "composition", "study", "speed"),
+    ks: Sequence[int] = (2, 3, 4, 5),
+    echo: Callable[[str], None] = print,
+) -> Journal:
+    """Measure what the journal does not hold yet: `parts`, with `count` pictures a cell of the composition table."""
+    from multilora.pipelines.load import load_pipeline
+
+    journal = Journal(journal_path)
+    pipe = load_pipeline(base, torch_dtype=torch.float32, device="cpu")
+    if "eyes" in parts:
+        measure_eyes(journal, renders, echo)
+    if "base" in parts:
+        measure_base(pipe, journal, base_count, echo)
+    if "alone" in parts:
+        measure_alone(pipe, journal, alone_count, names or list(DESIGNS), echo)
+    if "composition" in parts:
+        measure_composition(pipe, journal, count, echo, ks)
+    if "study" in parts:
+        measure_study(pipe, journal, study_count, echo)
+    if "speed" in parts:
+        measure_speed(pipe, journal, echo)
+    return journal
+
+
+def categories_in_order() -> tuple[str, ...]:
+    """The heads in the order of the tables: each category, then its colour."""
+    return tuple(h for c in CATEGORIES for h in ((c, f"{c}_colour") if c in COLOURED else (c,)))
