@@ -228,19 +228,20 @@ def parse_prompt(text: str) -> tuple[str, list[LoraTag]]:
     A tag goes with one of the blanks around it; nothing else of the prompt changes. The weight is 1 when not given.
     Raises ValueError that shows the tag: no name, a weight that is no schedule, more fields than these, no `>`.
     """
-    tags = [_tag(match) for match in _TAG.finditer(text)]
-    clean = text
-    for match in reversed(list(_TAG.finditer(text))):
-        left, right = clean[: match.start()], clean[match.end() :]
+    found = list(_TAG.finditer(text))
+    whole = {match.start() for match in found}
+    for match in _TAG_LIKE.finditer(text):
+        if match.start() not in whole:
+            shown = text[match.start() :][:60]
+            raise ValueError(f"LoRA tag {shown!r} is broken: wanted <lora:name> or <lora:name:0.8>, in lower case")
+    tags = [_tag(match) for match in found]
+    for match in reversed(found):
+        left, right = text[: match.start()], text[match.end() :]
         if not left or left[-1].isspace():
             right = right[1:] if right[:1].isspace() else right
             left = left if right else left.rstrip()
-        clean = left + right
-    broken = _TAG_LIKE.search(clean)
-    if broken:
-        shown = clean[broken.start() :][:60]
-        raise ValueError(f"LoRA tag {shown!r} is not complete: wanted <lora:name> or <lora:name:0.8>, in lower case")
-    return clean, tags
+        text = left + right
+    return text, tags
 
 
 def _tag(match: re.Match[str]) -> LoraTag:
