@@ -49,14 +49,7 @@ def inject(
 ) -> list[nn.Parameter]:
     """Add trainable float32 LoRA layers at `paths`, freeze everything else; the new parameters, in a fixed order."""
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
 
-    held = [path for path, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if held:
-        raise ValueError(
-            f"{type(model).__name__} already carries a LoRA (at {held[0]}); unload it before training: "
-            "pipe.unload_lora_weights()"
-        )
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(paths))
     inject_adapter_in_model(config, model, ADAPTER)
@@ -74,6 +67,16 @@ def layers(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise ValueError when somebody else's LoRA layers are on the model: training would take them off."""
+    held = list(layers(model))
+    if held:
+        raise ValueError(
+            f"{type(model).__name__} already carries a LoRA (at {held[0]}); unload it before training: "
+            "pipe.unload_lora_weights()"
+        )
 
 
 def take_off(model: nn.Module) -> None:

@@ -43,7 +43,8 @@ def latents_of(pipe: Any, family: Family, examples: Sequence[Example], size: int
         return None
     vae = pipe.vae
     before = vae.dtype
-    if getattr(vae.config, "force_upcast", False):
+    upcast = bool(getattr(vae.config, "force_upcast", False)) and before != torch.float32
+    if upcast:
         vae.to(torch.float32)
     shift = (getattr(vae.config, "shift_factor", None) or 0.0) if family.shifted else 0.0
     means, deviations = [], []
@@ -56,7 +57,8 @@ def latents_of(pipe: Any, family: Family, examples: Sequence[Example], size: int
         else:
             means.append(found.latents.float())
         means[-1] = (means[-1] - shift) * vae.config.scaling_factor
-    vae.to(before)
+    if upcast:
+        vae.to(before)
     return Latents(torch.cat(means), torch.cat(deviations) if deviations else None)
 
 

@@ -117,6 +117,8 @@ def train(
     components = {family.denoiser: getattr(pipe, family.denoiser)}
     if text_encoder:
         components |= {n: getattr(pipe, n) for n in family.encoders if getattr(pipe, n, None) is not None}
+    for model in components.values():
+        adapt.refuse_adapters(model)
     frozen = {n: [p.requires_grad for p in m.parameters()] for n, m in components.items()}
     others = _freeze(pipe, components)
     rng = torch.random.get_rng_state()
