@@ -61,7 +61,7 @@ def load_pipeline(
             "as 'owner/name'"
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=torch_dtype, **kwargs)
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=torch_dtype, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"base {str(base)!r} could not be loaded from {name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -53,7 +53,7 @@ def filled(order: Order, request: dict[str, Any]) -> Order:
             singles=sheet,
         )
     text, tags = parse_prompt(order.prompt)
-    tagged = [arguments.LoraArgument(tag.name, None, tag.weight) for tag in tags]
+    tagged = [arguments.LoraArgument(tag.name, None, str(tag.weight)) for tag in tags]
     return replace(order, prompt=text, loras=[*order.loras, *tagged], methods=order.methods or ["merge"])
 
 
@@ -77,6 +77,7 @@ def fresh(order: Order, request: dict[str, Any], device: str | None, out: Path) 
     arguments.check_out(out, not order.compare and request.get("num_images_per_prompt", 1) == 1)
     request.setdefault("seed", secrets.randbelow(2**32))
     note(f"loading {order.base}")
+    _quiet()
 
     from multilora.pipelines.image import Composer
 
@@ -110,6 +111,7 @@ def again(
     several = wanted.images > 1 and "num_images_per_prompt" in changes
     arguments.check_out(out, not several)
     note(f"loading {recipe.base}")
+    _quiet()
 
     import torch
 
@@ -124,6 +126,15 @@ def again(
     save([taken], out)
     tell_differences(wanted, taken.recipes[0])
     return taken
+
+
+def _quiet() -> None:
+    """No progress bars for reading files that are here already; those of downloads stay."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _changed(recipe: Recipe, changes: dict[str, Any], method: str | None, options: list[str]) -> Recipe:
