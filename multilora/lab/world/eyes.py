@@ -26,6 +26,7 @@ from multilora.lab.world.render import render
 from multilora.lab.world.scene import CLASSES, COLOURED, Scene, labels, sample_scene
 
 DESIGN_SHARE = 0.35  # of each category in the scenes the eyes learn from
+ROUND_TRIP = 0.1  # of the training pictures; a decode costs three training samples
 IGNORED = -100
 
 HEADS: dict[str, tuple[str, ...]] = {
@@ -71,7 +72,7 @@ def worn(x: torch.Tensor, generator: torch.Generator, roundtrip: Callable | None
         return torch.rand(*shape, generator=generator)
 
     if roundtrip is not None:
-        hit = draw(n) < 0.4
+        hit = draw(n) < ROUND_TRIP
         if hit.any():
             x = x.clone()
             x[hit] = roundtrip(x[hit])
@@ -293,3 +294,20 @@ def clip_top1(path: Path, count: int = 2048, of: int = 32) -> tuple[int, int]:
         cosines = scorer.images([render(s) for s in scenes]) @ scorer.texts([caption(s, 7) for s in scenes]).T
         right += int((cosines.argmax(1) == torch.arange(of)).sum())
     return right, count - count % of
+
+
+def stage(out: Path, settings: Any, echo: Callable[[str], None]) -> None:
+    """As multilora.lab.world.stages calls it: CLIP and both recognisers into `out`/assets, finished ones kept."""
+    from diffusers import AutoencoderTiny
+
+    assets = Path(out) / "assets"
+    small = settings.scenes < 1000
+    vae = AutoencoderTiny.from_pretrained(assets / "base" / "vae").eval()
+    for which, seed in (("a", 1), ("b", 2)):
+        path = assets / f"recogniser_{which}.safetensors"
+        if not path.with_suffix(".json").is_file():
+            given = {"steps": 2, "batch": 4, "held_out": 32} if small else {}
+            train_recogniser(which, path, seed=seed, vae=vae, log=echo, **given)
+    if not (assets / "clip" / "facts.json").is_file():
+        given = {"steps": 2, "batch": 4, "held_out": 32} if small else {}
+        train_clip(assets / "clip", log=echo, **given)

@@ -82,8 +82,8 @@ def pictures(
 
 
 def alone(
-    pipe: Any, name: str, lora: Any, recogniser: str, count: int, *, stream: str = "judge", batch: int = 12,
-    keep: list | None = None,
+    pipe: Any, name: str, lora: Any, recogniser: Any, count: int, *, stream: str = "judge", batch: int = 12,
+    keep: list | None = None, steps: int = STEPS,
 ) -> tuple[int, int]:  # fmt: skip
     """(found, asked): pictures of held-out prompts with the trigger in which the design is seen; `lora` None: without.
 
@@ -95,7 +95,7 @@ def alone(
     for first in range(0, count, batch):
         part = range(first, min(first + batch, count))
         prompts = [caption(stream_scene(name, stream, i), i) for i in part]
-        images = pictures(pipe, prompts, [10_000 + i for i in part], [] if lora is None else [lora])
+        images = pictures(pipe, prompts, [10_000 + i for i in part], [] if lora is None else [lora], steps=steps)
         found += sum(presence(images, {design.category: name}, recogniser)[design.category])
         if keep is not None:
             keep += images
@@ -108,7 +108,7 @@ def target(name: str, out: Path) -> Path:
 
 
 def make_one(
-    name: str, base: str, out: str, work: str, judge: str | None = "a", steps: int | None = None, threads: int = 1
+    name: str, base: str, out: str, work: str, judge: str | None = None, steps: int | None = None, threads: int = 1
 ) -> str:
     """Train, write, preview and judge one LoRA in the assets folder `out`; a line about it. Finished ones are kept."""
     from multilora.lab.train.lora import train
@@ -176,13 +176,13 @@ def train_loras(
     names: Sequence[str] = tuple(DESIGNS),
     processes: int = 2,
     steps: int | None = None,
-    judge: str | None = "a",
+    judge: str | None = None,
     echo: Callable[[str], None] = print,
 ) -> Path:
     """Every LoRA that is not there yet, in `processes` processes of one thread each; then library.json.
 
     out: the assets folder. work: training pictures and what was measured, one .json a LoRA; delete one to train its
-    LoRA again.
+    LoRA again. judge: the recogniser ("a", or a file's path) that says how often the design is seen, or None.
     """
     (out / "loras").mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -202,3 +202,14 @@ def train_loras(
     for name in names:
         shutil.rmtree(work / name, ignore_errors=True)
     return out / "loras" / "library.json"
+
+
+def stage(out: Path, settings: Any, echo: Callable[[str], None]) -> None:
+    """As multilora.lab.world.stages calls it: every LoRA for the base in `out`; smoke: the test split, two steps."""
+    small = settings.scenes < 1000
+    assets = Path(out) / "assets"
+    train_loras(
+        assets, str(assets / "base"), work=Path(out) / "loras", processes=1 if small else settings.processes,
+        names=("pandu", "raio") if small else tuple(DESIGNS), steps=2 if small else None,
+        judge=None if small else str(assets / "recogniser_a.safetensors"), echo=echo,
+    )  # fmt: skip

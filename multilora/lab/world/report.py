@@ -21,8 +21,9 @@ import torch
 
 from multilora.lab.world.caption import NOUNS, PLACES, STYLE_WORDS, caption
 from multilora.lab.world.designs import CATEGORIES, DESIGNS
-from multilora.lab.world.loras import alone, pictures
+from multilora.lab.world.loras import alone, pictures, target
 from multilora.lab.world.scene import COLOURED, Scene, sample_scene
+from multilora.method import unknown
 
 HELD_OUT = 950_000_000  # first seed of the scenes of this report: no training uses seeds from here on
 STEPS, GUIDANCE = 25, 4.0
@@ -122,90 +123,114 @@ class Journal:
         return [entry for key, entry in self.lines.items() if key.split("/")[0] == part]
 
 
-def measure_eyes(journal: Journal, count: int, echo: Callable[[str], None]) -> None:
+@dataclass
+class Bench:
+    """What is measured: a pipeline and the assets folder with its LoRAs and eyes; where the results go.
+
+    steps: for every picture, None for each cell's own (only a smoke run sets it).
+    """
+
+    pipe: Any
+    assets: Path
+    journal: Journal
+    echo: Callable[[str], None] = print
+    steps: int | None = None
+
+    def recogniser(self, name: str = "b") -> Any:
+        from multilora.lab.score.presence import load_recogniser
+
+        return load_recogniser(self.assets / f"recogniser_{name}.safetensors")
+
+    def clip(self) -> Any:
+        from multilora.lab.score.clip import load_clip
+
+        return load_clip(str(self.assets / "clip" / "model.safetensors"))
+
+    def lora(self, name: str) -> Path:
+        return target(name, self.assets)
+
+    def sets(self, split: str, k: int) -> list[tuple[str, ...]]:
+        """The sets of a split whose LoRAs are all there."""
+        return [chosen for chosen in sets(split, k) if all(self.lora(n).exists() for n in chosen)]
+
+
+def measure_eyes(bench: Bench, count: int) -> None:
     """Recogniser accuracy per head on held-out renders, and CLIP's top-1 of 32 captions."""
-    from multilora.lab.score.presence import load_recogniser
     from multilora.lab.world.eyes import clip_top1, recogniser_accuracy
-    from multilora.pipelines.load import assets
 
     for name in ("a", "b"):
         key = f"eyes/{name}/{count}"
-        if key not in journal:
-            journal.add(key, recogniser=name, heads=recogniser_accuracy(load_recogniser(name), count))
-            echo(f"report: recogniser {name}: {journal.lines[key]['heads']}")
+        if key not in bench.journal:
+            found = recogniser_accuracy(bench.recogniser(name), count)
+            bench.journal.add(key, recogniser=name, heads=found)
+            bench.echo(f"report: recogniser {name}: {found}")
     key = f"eyes/clip/{count}"
-    if key not in journal:
-        right, asked = clip_top1(assets() / "clip" / "model.safetensors", count)
-        journal.add(key, recogniser="clip", heads={"top-1 of 32": (right, asked)})
-        echo(f"report: CLIP {right}/{asked}")
+    if key not in bench.journal:
+        right, asked = clip_top1(bench.assets / "clip" / "model.safetensors", count)
+        bench.journal.add(key, recogniser="clip", heads={"top-1 of 32": (right, asked)})
+        bench.echo(f"report: CLIP {right}/{asked}")
 
 
-def measure_base(pipe: Any, journal: Journal, count: int, echo: Callable[[str], None], batch: int = 10) -> None:
+def measure_base(bench: Bench, count: int, batch: int = 10) -> None:
     """How often recogniser B sees the generic elements that held-out prompts name."""
-    from multilora.lab.score.presence import load_recogniser
-
-    eye = load_recogniser("b")
     for first in range(0, count, batch):
-        key = f"base/{first}"
-        if key in journal:
+        key = f"base/{first}+{batch}"
+        if key in bench.journal:
             continue
         scenes = [sample_scene(HELD_OUT + i) for i in range(first, first + batch)]
         texts = [caption(scene, 1) for scene in scenes]
-        images = pictures(pipe, texts, range(first, first + batch), steps=STEPS, guidance=GUIDANCE)
+        images = pictures(
+            bench.pipe, texts, range(first, first + batch), steps=bench.steps or STEPS, guidance=GUIDANCE
+        )
         heads: dict[str, list[int]] = {}
-        for scene, text, seen in zip(scenes, texts, eye.labels(images), strict=True):
+        for scene, text, seen in zip(scenes, texts, bench.recogniser().labels(images), strict=True):
             for head, label in requested(scene, text).items():
                 right, asked = heads.get(head, (0, 0))
                 heads[head] = [right + (seen[head] == label), asked + 1]
-        journal.add(key, heads=heads)
-        echo(f"report: base, {first + batch} of {count} pictures")
+        bench.journal.add(key, heads=heads)
+        bench.echo(f"report: base, {first + batch} of {count} pictures")
 
 
-def measure_alone(pipe: Any, journal: Journal, count: int, names: Sequence[str], echo: Callable[[str], None]) -> None:
+def measure_alone(bench: Bench, count: int) -> None:
     """Each LoRA alone: its design with its trigger at weight 1, and the same prompts and noise without the LoRA."""
-    from multilora.pipelines.load import find_lora
-
-    for name in names:
+    for name in (n for n in DESIGNS if bench.lora(n).exists()):
         for on in (True, False):
             key = f"alone/{name}/{'on' if on else 'off'}/{count}"
-            if key in journal:
+            if key in bench.journal:
                 continue
-            lora = find_lora(name)[0] if on else None
-            found, asked = alone(pipe, name, lora, "b", count, stream="report")
-            journal.add(key, name=name, on=on, found=found, asked=asked)
-            echo(f"report: {name} {'with' if on else 'without'} its LoRA {found}/{asked}")
+            found, asked = alone(
+                bench.pipe, name, bench.lora(name) if on else None, bench.recogniser(), count, stream="report",
+                steps=bench.steps or STEPS,
+            )  # fmt: skip
+            bench.journal.add(key, name=name, on=on, found=found, asked=asked)
+            bench.echo(f"report: {name} {'with' if on else 'without'} its LoRA {found}/{asked}")
 
 
-def measure_cell(
-    pipe: Any, journal: Journal, part: str, cell: Cell, chosen: Sequence[str], index: int, size: int
-) -> None:
+def measure_cell(bench: Bench, part: str, cell: Cell, chosen: Sequence[str], index: int, size: int) -> None:
     """One batch: pictures index .. index + size - 1 of a set of designs, drawn by one cell's method."""
-    from multilora.lab.score.clip import load_clip
     from multilora.lab.score.presence import presence
-    from multilora.pipelines.load import find_lora
 
     k = len(chosen)
     key = f"{part}/{cell.name}/{'+'.join(chosen)}/{index}+{size}"
-    if key in journal:
+    if key in bench.journal:
         return
     scenes = [composed_scene(chosen, i) for i in range(index, index + size)]
     texts = [caption(scene, 1) for scene in scenes]
-    drawn = texts
-    if not cell.class_words:
-        drawn = [_without_class_words(text, chosen) for text in texts]
+    drawn = texts if cell.class_words else [_without_class_words(text, chosen) for text in texts]
     weight = 1 / k if cell.weight == "1/k" else float(cell.weight)
-    loras = [find_lora(name)[0] for name in chosen] if weight else []
+    loras = [bench.lora(name) for name in chosen] if weight else []
     began = time.process_time()
     images = pictures(
-        pipe, drawn, range(index, index + size), loras, cell.method if weight else "merge", steps=cell.steps,
-        guidance=cell.guidance, weights=[weight] * len(loras), **(cell.options if weight else {}),
+        bench.pipe, drawn, range(index, index + size), loras, cell.method if weight else "merge",
+        steps=bench.steps or cell.steps, guidance=cell.guidance, weights=[weight] * len(loras),
+        **(cell.options if weight else {}),
     )  # fmt: skip
     spent = time.process_time() - began
-    seen = presence(images, {DESIGNS[n].category: n for n in chosen}, "b")
+    seen = presence(images, {DESIGNS[n].category: n for n in chosen}, bench.recogniser())
     each = [[seen[DESIGNS[n].category][i] for n in chosen] for i in range(size)]
-    journal.add(
+    bench.journal.add(
         key, cell=cell.name, k=k, set=list(chosen), found=sum(map(sum, each)), asked=k * size,
-        complete=sum(map(all, each)), pictures=size, clip=[round(s, 3) for s in load_clip().score(images, texts)],
+        complete=sum(map(all, each)), pictures=size, clip=[round(s, 3) for s in bench.clip().score(images, texts)],
         seconds=round(spent, 2),
     )  # fmt: skip
 
@@ -216,60 +241,64 @@ def _without_class_words(text: str, chosen: Sequence[str]) -> str:
     return text
 
 
-def batches(split: str, ks: Sequence[int], count: int) -> Iterator[tuple[tuple[str, ...], int, int]]:
-    """(set, first picture, pictures) until every k has `count` pictures: round after round over all sets."""
-    for k in ks:
-        found, made, turn = sets(split, k), 0, 0
-        while found and made < count:
-            for chosen in found:
-                yield chosen, turn * CHUNK[k], CHUNK[k]
-                made += CHUNK[k]
-                if made >= count:
-                    break
-            turn += 1
+def batches(found: Sequence[tuple[str, ...]], count: int) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """(set, first picture, pictures) until there are `count` pictures: round after round over all the sets."""
+    made, turn = 0, 0
+    while found and made < count:
+        for chosen in found:
+            size = CHUNK[len(chosen)]
+            yield chosen, turn * size, size
+            made += size
+            if made >= count:
+                break
+        turn += 1
 
 
-def measure_composition(
-    pipe: Any, journal: Journal, count: int, echo: Callable[[str], None], ks: Sequence[int] = (2, 3, 4, 5)
-) -> None:
+def measure_composition(bench: Bench, count: int, ks: Sequence[int] = (2, 3, 4, 5)) -> None:
     """The composition table on the test split: every method on the same prompts and noise."""
-    for chosen, index, size in batches("test", ks, count):
-        for cell in METHODS:
-            measure_cell(pipe, journal, "composition", cell, chosen, index, size)
-        echo(f"report: composition {'+'.join(chosen)}, pictures {index} to {index + size - 1}")
+    for k in ks:
+        for chosen, index, size in batches(bench.sets("test", k), count):
+            for cell in METHODS:
+                measure_cell(bench, "composition", cell, chosen, index, size)
+            bench.echo(f"report: composition {'+'.join(chosen)}, pictures {index} to {index + size - 1}")
 
 
-def measure_study(pipe: Any, journal: Journal, count: int, echo: Callable[[str], None], k: int = 3) -> None:
+def measure_study(bench: Bench, count: int, k: int = 3) -> None:
     """What decides composition, on sets of the train split: strength, guidance, steps, every, class words."""
-    chosen_sets = random.Random("study").sample(sets("train", k), max(1, -(-count // 4)))
+    found = bench.sets("train", k)
+    chosen_sets = random.Random("study").sample(found, min(len(found), max(1, -(-count // 4))))
     for cell in STUDY:
         for chosen in chosen_sets:
-            measure_cell(pipe, journal, "study", cell, chosen, 0, 4)
-        echo(f"report: study, {cell.name}")
+            measure_cell(bench, "study", cell, chosen, 0, 4)
+        bench.echo(f"report: study, {cell.name}")
 
 
-def measure_speed(pipe: Any, journal: Journal, echo: Callable[[str], None], repeats: int = 3) -> None:
+def measure_speed(bench: Bench, repeats: int = 3) -> None:
     """Median wall seconds per picture: 25 steps, guidance, one picture, all threads; none and 4 LoRAs by method."""
-    from multilora.pipelines.load import find_lora
-
-    chosen = sets("test", 4)[0]
-    prompt = caption(composed_scene(chosen, 0), 1)
+    found = bench.sets("test", 4) or bench.sets("test", 2)
+    if not found:
+        return
+    prompt = caption(composed_scene(found[0], 0), 1)
     for name, method in (("no LoRA", None), *SHORT[:3]):
         key = f"speed/{name}"
-        if key in journal:
+        if key in bench.journal:
             continue
-        loras = [find_lora(n)[0] for n in chosen] if method else []
+        loras = [bench.lora(n) for n in found[0]] if method else []
         taken = []
         for i in range(repeats + 1):
             began = time.perf_counter()
-            pictures(pipe, [prompt], [i], loras, method or "merge", steps=25)
+            pictures(bench.pipe, [prompt], [i], loras, method or "merge", steps=bench.steps or STEPS)
             taken.append(time.perf_counter() - began)
-        journal.add(key, name=name, seconds=round(statistics.median(taken[1:]), 3), threads=torch.get_num_threads())
-        echo(f"report: {name}: {journal.lines[key]['seconds']} s a picture")
+        seconds = round(statistics.median(taken[1:]), 3)
+        bench.journal.add(key, name=name, seconds=seconds, threads=torch.get_num_threads(), loras=len(found[0]))
+        bench.echo(f"report: {name}: {seconds} s a picture")
+
+
+PARTS = ("eyes", "base", "alone", "composition", "study", "speed")
 
 
 def measure(
-    base: str,
+    assets: Path,
     journal_path: Path,
     *,
     count: int = 100,
@@ -277,31 +306,47 @@ def measure(
     base_count: int = 200,
     alone_count: int = 24,
     study_count: int = 16,
-    names: Sequence[str] | None = None,
-    parts: Sequence[str] = ("eyes", "base", "alone", "composition", "study", "speed"),
+    parts: Sequence[str] = PARTS,
     ks: Sequence[int] = (2, 3, 4, 5),
+    steps: int | None = None,
     echo: Callable[[str], None] = print,
 ) -> Journal:
-    """Measure what the journal does not hold yet: `parts`, with `count` pictures a cell of the composition table."""
+    """Measure what the journal does not hold yet: `parts`, with `count` pictures a cell of the composition table.
+
+    Raises UnknownName for a part that does not exist.
+    """
     from multilora.pipelines.load import load_pipeline
 
-    journal = Journal(journal_path)
-    pipe = load_pipeline(base, torch_dtype=torch.float32, device="cpu")
+    for part in parts:
+        if part not in PARTS:
+            raise unknown("part of the report", part, PARTS)
+    pipe = load_pipeline(assets / "base", torch_dtype=torch.float32, device="cpu")
+    bench = Bench(pipe, assets, Journal(journal_path), echo, steps)
     if "eyes" in parts:
-        measure_eyes(journal, renders, echo)
+        measure_eyes(bench, renders)
     if "base" in parts:
-        measure_base(pipe, journal, base_count, echo)
+        measure_base(bench, base_count)
     if "alone" in parts:
-        measure_alone(pipe, journal, alone_count, names or list(DESIGNS), echo)
+        measure_alone(bench, alone_count)
     if "composition" in parts:
-        measure_composition(pipe, journal, count, echo, ks)
+        measure_composition(bench, count, ks)
     if "study" in parts:
-        measure_study(pipe, journal, study_count, echo)
+        measure_study(bench, study_count)
     if "speed" in parts:
-        measure_speed(pipe, journal, echo)
-    return journal
+        measure_speed(bench)
+    return bench.journal
 
 
 def categories_in_order() -> tuple[str, ...]:
     """The heads in the order of the tables: each category, then its colour."""
     return tuple(h for c in CATEGORIES for h in ((c, f"{c}_colour") if c in COLOURED else (c,)))
+
+
+def stage(out: Path, settings: Any, echo: Callable[[str], None]) -> None:
+    """As multilora.lab.world.stages calls it: measure the assets in `out` and write their README."""
+    from multilora.lab.world import tables
+
+    small = {"count": 4, "renders": 32, "base_count": 10, "alone_count": 2, "study_count": 4, "steps": 2, "ks": (2,)}
+    journal = measure(Path(out) / "assets", Path(out) / "report.jsonl", echo=echo,
+                      **(small if settings.scenes < 1000 else {}))  # fmt: skip
+    tables.write(journal, Path(out) / "assets" / "README.md")
