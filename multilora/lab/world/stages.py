@@ -4,6 +4,7 @@ A stage is a function (out, settings, echo) that picks up where it was interrupt
 function and add a line to STAGES.
 """
 
+import importlib
 import json
 import time
 from dataclasses import asdict
@@ -36,11 +37,21 @@ def _base(out, settings, echo):
     export_base(out, settings, Path(out) / "assets" / "base", echo)
 
 
+def _later(name):
+    def run(out, settings, echo):
+        importlib.import_module(f"multilora.lab.world.{name}").stage(Path(out), settings, echo)
+
+    return run
+
+
 # name: (function, what it makes)
 STAGES = {
     "draw": (_data, "scenes -> data/: latents, tokens, captions, labels"),
     "autoencoder": (_autoencoder, "renders -> vae/: the patch projection and its decoder"),
     "base": (_base, "data/, vae/ -> assets/base: text encoder and U-Net"),
+    "eyes": (_later("eyes"), "renders -> assets/clip, assets/recogniser_a and _b"),
+    "loras": (_later("loras"), "forty pictures a design -> assets/loras"),
+    "report": (_later("report"), "assets/ -> report.jsonl, assets/README.md"),
 }
 
 
