@@ -86,12 +86,12 @@ class Trained(torch.nn.Module):
         return self.unet(noisy, times, context).sample
 
 
-def noise_times(count, settings, generator):
-    """Timesteps [count], `high_noise_share` of them from the range where the words must decide."""
-    low, high = settings.high_noise
+def noise_times(count, progress, settings, generator):
+    """Timesteps [count]: a share from the range that matters at this stage of the training, the rest uniform."""
+    share, (low, high) = next(rule[1:] for rule in reversed(settings.emphasis) if progress >= rule[0])
     anywhere = torch.randint(0, settings.train_steps, (count,), generator=generator)
-    noisy = torch.randint(low, high, (count,), generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < settings.high_noise_share, noisy, anywhere)
+    chosen = torch.randint(low, high, (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < share, chosen, anywhere)
 
 
 def _share_gradients(parameters, world):
@@ -178,7 +178,7 @@ def _worker(rank, world, out, settings, port):
         words = tokens[rows, which].long()
         silent = torch.rand(each, generator=generator) < settings.drop_caption
         words[silent] = empty
-        times = noise_times(each, settings, generator)
+        times = noise_times(each, progress, settings, generator)
         noise = torch.randn(clean.shape, generator=generator)
         signal, level = signal_of[times].view(-1, 1, 1, 1), noise_of[times].view(-1, 1, 1, 1)
         wanted = signal * noise - level * clean

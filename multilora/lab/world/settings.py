@@ -21,10 +21,10 @@ class Settings:
     decoder_width: int = 32
     decoder_blocks: tuple = (3, 3, 2, 1)
     decoder_pictures: int = 60_000
-    decoder_minutes: float = 66.0
+    decoder_minutes: float = 81.0
     decoder_batch: int = 4
     decoder_rate: float = 2e-3
-    decoder_noise: float = 0.06
+    decoder_noise: float = 0.16
     # text
     tokens: int = 32
     text_width: int = 128
@@ -35,8 +35,9 @@ class Settings:
     heads: int = 4
     # diffusion
     train_steps: int = 1000
-    high_noise_share: float = 0.6
-    high_noise: tuple = (600, 990)
+    # (progress from which it holds, share of the timesteps, their range): the words decide at high noise
+    # and must be learned first; the rest of the timesteps is uniform
+    emphasis: tuple = ((0.0, 0.6, (600, 990)), (0.45, 0.5, (250, 800)))
     # optimisation: whichever of samples and minutes comes first ends it, and drives the learning rate
     batch: int = 64  # over all processes
     samples: int = 400_000
