@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,14 @@ from multilora.lora import Lora
 from multilora.method import Bound, Method, resolve
 from multilora.pipelines.clock import step_clock
 from multilora.pipelines.denoise import Conductor, intercepted
+from multilora.pipelines.lanes import lane
 from multilora.pipelines.load import find_lora
 from multilora.pipelines.members import Member, read_mask
 from multilora.pipelines.prompt import Encodings
 from multilora.schedule import Schedule
+from multilora.sites import block_factors, canonical
 
 DENOISERS = ("unet", "transformer")
-# One composition at a time on a model: a second thread waits instead of mixing its LoRAs in.
-_LANES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_LANES_LOCK = threading.Lock()
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
@@ -35,12 +32,6 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
         if isinstance(module, nn.Module):
             return name, module
     raise ValueError(f"{type(pipe).__name__} has no denoiser: wanted a component named {' or '.join(DENOISERS)}")
-
-
-def lane(module: nn.Module) -> Any:
-    """The lock that lets one composition at a time use a model; the same thread may take it again."""
-    with _LANES_LOCK:
-        return _LANES.setdefault(module, threading.RLock())
 
 
 def member(
@@ -93,6 +84,8 @@ def member(
     except ValueError as error:
         raise ValueError(f"weight of LoRA {name!r}: {error}") from None
     factors = {}
+    if blocks is not None and not isinstance(blocks, Mapping):
+        raise ValueError(f"blocks={blocks!r} of LoRA {name!r}: wanted a dict of module path or glob -> factor")
     for pattern, factor in (blocks or {}).items():
         try:
             constant = Schedule.parse(factor).constant
@@ -101,6 +94,7 @@ def member(
         if constant is None:
             raise ValueError(f"block {pattern!r} of LoRA {name!r}: a number is wanted, got {factor!r}")
         factors[str(pattern)] = constant
+    block_factors([canonical(path) for path in lora.part(denoiser_of(pipe)[0])], factors, f"LoRA {name!r}")
     grid, mask_reference = read_mask(mask, name)
     return Member(
         lora, name, schedule, text_encoder_weight, factors, bool(positive_only), grid, reference, mask_reference
@@ -174,10 +168,12 @@ def composing(
     """
     component, denoiser = denoiser_of(pipe)
     bound = resolve("route", method, **options)
-    if passes_per_call is not None and (isinstance(passes_per_call, bool) or int(passes_per_call) < 1):
+    if passes_per_call is not None and (type(passes_per_call) is not int or passes_per_call < 1):
         raise ValueError(f"passes_per_call={passes_per_call!r}: wanted a whole number of at least 1, or None for all")
-    if not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
         raise ValueError(f"scale={scale!r}: a finite number is wanted")
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise ValueError(f"cancel={cancel!r}: wanted an object with is_set(), such as a threading.Event")
     members = [m.scaled(float(scale)) for m in members_of(pipe, loras, weights)]
     members = [m for m in members if not m.weight.is_zero]
     encodings = Encodings(pipe, denoiser, members, text_encoder)

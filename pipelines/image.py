@@ -17,8 +17,9 @@ import torch
 
 from multilora import files
 from multilora.method import Bound, Method, resolve, unknown
-from multilora.pipelines.composing import adapters_of, composing, denoiser_of, lane, member
+from multilora.pipelines.composing import adapters_of, composing, denoiser_of, member
 from multilora.pipelines.denoise import Cancelled, Conductor
+from multilora.pipelines.lanes import lane
 from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_pipeline
 from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.preview import preview as latent_preview
@@ -38,6 +39,8 @@ class Composed:
 
     def recipe_of(self, index: int) -> Recipe:
         """The recipe of picture `index` of this batch."""
+        if not 0 <= index < len(self.images):
+            raise ValueError(f"picture {index!r} of {len(self.images)}: wanted 0 to {len(self.images) - 1}")
         return self.recipe.model_copy(update={"index": index})
 
 
@@ -107,8 +110,8 @@ class Composer:
         packed = 2 if hasattr(self.pipe, "_unpack_latents") else 1
         multiple = self.pipe.vae_scale_factor * max(patch, packed)
         for name, value in (("width", width), ("height", height)):
-            if not isinstance(value, int) or value < multiple or value % multiple:
-                low = max(multiple, int(value) // multiple * multiple) if isinstance(value, (int, float)) else multiple
+            if type(value) is not int or value < multiple or value % multiple:
+                low = max(multiple, value // multiple * multiple) if type(value) is int else multiple
                 raise ValueError(
                     f"{name}={value!r}: wanted a multiple of {multiple} for this model; nearest are {low} and "
                     f"{low + multiple}"
@@ -193,18 +196,25 @@ class Composer:
         guidance = defaults.get("guidance_scale", 1.0) if guidance_scale is None else guidance_scale
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"num_inference_steps={steps!r}: wanted a whole number of at least 1")
-        if not isinstance(guidance, (int, float)) or not abs(guidance) < float("inf"):
+        if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not abs(guidance) < float("inf"):
             raise ValueError(f"guidance_scale={guidance!r}: a finite number is wanted")
-        width, height = width or self.size[0], height or self.size[1]
+        if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: wanted a whole number of at least 1")
+        for argument, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
+            if not isinstance(text, str):
+                raise ValueError(f"{argument}={text!r}: a string is wanted")
+        width = self.size[0] if width is None else width
+        height = self.size[1] if height is None else height
         self._check_size(width, height)
         prompt, members = self._tagged(prompt)
-        factor = self.pipe.vae_scale_factor
+        factor = self.pipe.vae_scale_factor * (2 if hasattr(self.pipe, "_unpack_latents") else 1)
         for m in members:
             if m.mask is not None:
                 fit_mask(m.mask, (height // factor, width // factor), m.name)
         seed = secrets.randbelow(2**32) if seed is None else seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed!r}: wanted a whole number from 0 to 2**63 - 1")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= 2**63 - num_images_per_prompt:
+            span = f"0 to 2**63 - {num_images_per_prompt}"
+            raise ValueError(f"seed={seed!r}: wanted a whole number from {span}, picture i has seed + i")
         generator = [torch.Generator("cpu").manual_seed(seed + i) for i in range(num_images_per_prompt)]
         conductor: Conductor | None = None
 
@@ -278,6 +288,7 @@ class Composer:
     def compose(self, recipe: Recipe, **callbacks: Any) -> Composed:
         """Make a recipe again. The composer's own LoRAs are not used.
 
+        A recipe of one picture of several makes all of them; its own is number `recipe.index`.
         Raises ValueError when the recipe is for another base, or a LoRA file is missing or has changed (sha256).
         `callbacks` are progress, preview and cancel.
         """
@@ -306,7 +317,7 @@ class Composer:
                     f"recipe has {use.sha256[:12]}"
                 )
         resolved = recipe.resolved
-        return again(
+        out = again(
             recipe.prompt,
             recipe.negative_prompt,
             recipe.method,
@@ -325,6 +336,8 @@ class Composer:
             passes_per_call=resolved.passes_per_call if resolved else None,
             **callbacks,
         )
+        out.recipe = out.recipe.model_copy(update={"index": recipe.index})
+        return out
 
 
 def _use(m: Member) -> LoraUse:

@@ -84,10 +84,15 @@ def find_lora(name: str | Path) -> tuple[Path, dict[str, Any] | None]:
 
     Raises UnknownName with the nearest names when it is neither.
     """
+    if not isinstance(name, (str, Path)):
+        raise ValueError(f"LoRA {name!r}: wanted a Lora, a .safetensors file, a PEFT folder or a library name")
     path = Path(name).expanduser()
     if path.exists() and (path.is_dir() or path.suffix == ".safetensors"):
         return path, None
-    entries = library()
+    try:
+        entries = library()
+    except ValueError as error:
+        raise ValueError(f"LoRA {str(name)!r}: no such .safetensors file or PEFT folder, and {error}") from None
     if str(name) in entries:
         return entries[str(name)]["path"], entries[str(name)]
     if path.suffix or path.parent != Path("."):

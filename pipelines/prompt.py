@@ -16,6 +16,7 @@ from torch import Tensor
 from multilora.attach import attached
 from multilora.method import unknown
 from multilora.pipelines.inputs import encodings_of
+from multilora.pipelines.lanes import lane
 from multilora.pipelines.members import Member
 
 MODES = ("per_row", "all", "first", "none")
@@ -35,6 +36,7 @@ class Encodings:
             raise unknown("text_encoder mode", mode, MODES)
         self.pipe, self.denoiser, self.members, self.mode = pipe, denoiser, list(members), mode
         present = [c for c in TEXT_ENCODERS if getattr(pipe, c, None) is not None]
+        self.encoders = [getattr(pipe, c) for c in present]
         self.components = [c for c in present if any(m.lora.part(c) for m in self.members)]
         self.calls: list[tuple[tuple, dict]] = []
         self._cache: dict[tuple[int, tuple[float, ...]], dict[str, Tensor]] = {}
@@ -101,7 +103,11 @@ class Encodings:
         given = [v for n, v in kwargs.items() if n.endswith("prompt_embeds") and v is not None]
         if given and self.components:
             self._fall_back("the prompt came as embeddings, so the LoRAs' text-encoder parts cannot act on it")
-        returned = self._encode(original, args, kwargs, row)
+        try:
+            returned = self._encode(original, args, kwargs, row)
+        except BaseException:
+            self._restart()  # this picture ends here; its calls are no part of the next one
+            raise
         named = encodings_of(self.denoiser, returned)
         if named is not None:
             self._cache[len(self.calls), row] = named
@@ -113,6 +119,8 @@ class Encodings:
 
     def _encode(self, original: Callable, args: tuple, kwargs: dict, row: tuple[float, ...]) -> Any:
         with contextlib.ExitStack() as stack:
+            for encoder in self.encoders:  # another pipeline may share them
+                stack.enter_context(lane(encoder))
             for component in self.components:
                 model = getattr(self.pipe, component)
                 bank = stack.enter_context(attached(model, [m.lora for m in self.members], component=component))
