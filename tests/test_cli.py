@@ -1,5 +1,6 @@
 """The command line, in this process, on tiny pipelines: pictures and sheets; bad input in words, nothing written."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -273,7 +274,7 @@ def test_methods_and_loras(capsys):
 
 
 def test_doctor(capsys, monkeypatch):
-    from multilora.cli import doctor
+    doctor = importlib.import_module("multilora.cli.doctor")  # the package's attribute of that name is the command
 
     monkeypatch.setitem(doctor.CHECKS, "embedded world", lambda: doctor.Finding("embedded world", "ok", "here"))
     status, out, _ = call(capsys, "doctor", "--json")
