@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import torch
 
 from multilora import files
 from multilora.method import Bound, Method, resolve, unknown
+from multilora.pipelines.clock import Clock, step_clock
 from multilora.pipelines.composing import adapters_of, composing, denoiser_of, member
-from multilora.pipelines.denoise import Cancelled, Conductor
+from multilora.pipelines.denoise import Cancelled, Conductor, intercepted
+from multilora.pipelines.inputs import bound_arguments
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_pipeline
 from multilora.pipelines.members import Member, fit_mask
@@ -217,15 +219,16 @@ class Composer:
             raise ValueError(f"seed={seed!r}: wanted a whole number from {span}, picture i has seed + i")
         generator = [torch.Generator("cpu").manual_seed(seed + i) for i in range(num_images_per_prompt)]
         conductor: Conductor | None = None
+        clock: Clock | None = None
 
         def step_end(pipe: Any, i: int, t: Any, tensors: dict) -> dict:
             if cancel is not None and cancel.is_set():
                 raise Cancelled(f"cancelled after step {i + 1} of {steps}")
+            now, of = clock.step + 1, clock.steps
             if progress is not None:
-                now, of = (conductor.clock.step + 1, conductor.clock.steps) if conductor else (i + 1, steps)
                 progress(now, of, {"method": bound.record.name, "passes": conductor.passes[-1] if conductor else 1})
             if preview is not None:
-                preview(i + 1, steps, latent_preview(pipe, tensors["latents"], height, width))
+                preview(now, of, latent_preview(pipe, tensors["latents"], height, width))
             return tensors
 
         with contextlib.ExitStack() as stack:
@@ -243,6 +246,7 @@ class Composer:
                     cancel=cancel,
                 )
             )
+            clock = conductor.clock if conductor else stack.enter_context(_counted(self.pipe, self.denoiser))
             images = self.pipe(
                 prompt,
                 negative_prompt=negative_prompt or None,
@@ -338,6 +342,20 @@ class Composer:
         )
         out.recipe = out.recipe.model_copy(update={"index": recipe.index})
         return out
+
+
+@contextlib.contextmanager
+def _counted(pipe: Any, denoiser: torch.nn.Module) -> Iterator[Clock]:
+    """The step clock of a picture without LoRAs: calls of the denoiser are counted and nothing else."""
+    with step_clock(pipe.scheduler, lambda: getattr(pipe, "_num_timesteps", None)) as clock:
+        forward = getattr(denoiser, "_orig_mod", denoiser).forward
+
+        def count(model: Callable, args: tuple, kwargs: dict) -> Any:
+            clock.call(bound_arguments(forward, args, kwargs).get("timestep"))
+            return model(*args, **kwargs)
+
+        with intercepted(denoiser, count):
+            yield clock
 
 
 def _use(m: Member) -> LoraUse:

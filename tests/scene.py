@@ -20,11 +20,12 @@ LENGTHS = {"sd15": {}, "sd3": {"max_sequence_length": 16}, "flux": {"max_sequenc
 
 
 def family_of(pipe) -> str:
-    return {"UNet2DConditionModel": "sd15", "SD3Transformer2DModel": "sd3"}.get(type(denoiser(pipe)).__name__, "flux")
+    names = {"StableDiffusionPipeline": "sd15", "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+    return names[type(pipe).__name__]
 
 
 def denoiser(pipe) -> nn.Module:
-    return getattr(pipe, "unet", None) or pipe.transformer
+    return getattr(pipe, name_of(pipe))
 
 
 def name_of(pipe) -> str:

@@ -420,7 +420,8 @@ def adapters(pipe) -> dict:
 def test_taking_over_adapters_equals_plain_diffusers(family):
     pipe = getattr(tiny, family)()
     bare = scene.draw(pipe)
-    sets = scene.loras(pipe, 2, text=True)
+    # diffusers loads no LoRA into SD3's T5
+    sets = [Lora({k: p for k, p in s.items() if "text_encoder_3" not in k}) for s in scene.loras(pipe, 2, text=True)]
     for name, lora in zip(("fox", "robe"), sets, strict=True):
         pipe.load_lora_weights(files.state(lora, "diffusers"), adapter_name=name)
     pipe.set_adapters(["fox", "robe"], [0.8, 0.5])
