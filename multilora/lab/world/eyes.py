@@ -27,6 +27,7 @@ from multilora.lab.world.scene import CLASSES, COLOURED, Scene, labels, sample_s
 
 DESIGN_SHARE = 0.35  # of each category in the scenes the eyes learn from
 ROUND_TRIP = 0.1  # of the training pictures; a decode costs three training samples
+CLEAN = 0.35  # of the training pictures stay as drawn: resampling blurs the big pixels that make a style
 IGNORED = -100
 
 HEADS: dict[str, tuple[str, ...]] = {
@@ -71,6 +72,7 @@ def worn(x: torch.Tensor, generator: torch.Generator, roundtrip: Callable | None
     def draw(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator)
 
+    drawn_ones = x
     if roundtrip is not None:
         hit = draw(n) < ROUND_TRIP
         if hit.any():
@@ -87,7 +89,8 @@ def worn(x: torch.Tensor, generator: torch.Generator, roundtrip: Callable | None
     x = grey + (x - grey) * (1 + (draw(n, 1, 1, 1) - 0.5) * 0.3)
     x = (x - 0.5) * (1 + (draw(n, 1, 1, 1) - 0.5) * 0.2) + 0.5 + (draw(n, 1, 1, 1) - 0.5) * 0.1
     noise = torch.randn(x.shape, generator=generator)
-    return (x + noise * draw(n, 1, 1, 1) * 0.06).clamp(0, 1)
+    x = (x + noise * draw(n, 1, 1, 1) * 0.06).clamp(0, 1)
+    return torch.where(draw(n, 1, 1, 1) < CLEAN, drawn_ones, x)
 
 
 def autoencoder_roundtrip(vae: Any) -> Callable[[torch.Tensor], torch.Tensor]:
