@@ -97,3 +97,20 @@ def test_two_loras_trained_again_by_the_public_command_reach_the_shipped_presenc
         again, asked = loras.alone(pipe, name, done.path, "b", 24, stream="report")
         shipped, _ = loras.alone(pipe, name, library()[name]["path"], "b", 24, stream="report")
         assert again >= shipped - 3, (name, again, shipped, asked)
+
+
+@pytest.mark.long
+def test_smoke_run_of_every_stage(tmp_path):
+    """`multilora world train --smoke`: every stage from nothing, in minutes; a second run keeps what is there."""
+    from multilora.lab.world import stages
+
+    lines = []
+    stages.train(tmp_path, smoke=True, echo=lines.append)
+    made = tmp_path / "assets"
+    assert (made / "base" / "model_index.json").is_file()
+    assert (made / "clip" / "model.safetensors").is_file()
+    assert {e["name"] for e in json.loads((made / "loras" / "library.json").read_text())["loras"]} == {"pandu", "raio"}
+    assert "Composition on the test split" in (made / "README.md").read_text()
+    before = {p: p.stat().st_mtime_ns for p in (made / "loras").glob("*.safetensors")}
+    stages.train(tmp_path, stages=["eyes", "loras", "report"], smoke=True, echo=lines.append)
+    assert {p: p.stat().st_mtime_ns for p in before} == before

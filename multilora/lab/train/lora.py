@@ -28,7 +28,7 @@ from multilora.lab.train.loss import Family, family_of_pipeline
 from multilora.lora import Card, Lora
 
 # What a LoRA of the embedded world needs; other bases start from common practice.
-EMBEDDED_SETTINGS = {"steps": 300, "lr": 2e-3, "high_noise": 0.5}
+EMBEDDED_SETTINGS = {"steps": 240, "lr": 2e-3, "high_noise": 0.5}
 OTHER_SETTINGS = {"steps": 1000, "lr": 1e-4, "high_noise": 0.0}
 FORMATS = ("diffusers", "peft", "kohya")
 
