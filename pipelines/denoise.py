@@ -54,9 +54,9 @@ def intercepted(module: nn.Module, conduct: Callable[[Callable, tuple, dict], An
     cls = type(module)
     if hasattr(cls, "__multilora_of__"):
         raise RuntimeError(f"{cls.__name__} already runs a composition; finish that one first")
-    module.__dict__["__multilora_conduct__"] = conduct
-    module.__class__ = _conducted(cls)
-    try:
+    try:  # from here on: an interrupt may come between any two lines
+        module.__dict__["__multilora_conduct__"] = conduct
+        module.__class__ = _conducted(cls)
         yield
     finally:
         module.__class__ = cls

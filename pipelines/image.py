@@ -146,8 +146,8 @@ class Composer:
             cls = getattr(diffusers, name, None)
             if cls is None or (name not in known and name != type(own).__name__):
                 raise unknown("scheduler for this pipeline", name, {*known, type(own).__name__})
-        self.pipe.scheduler = cls.from_config({**own.config, **(config or {})})
         try:
+            self.pipe.scheduler = cls.from_config({**own.config, **(config or {})})
             yield self.pipe.scheduler
         finally:
             self.pipe.scheduler = own

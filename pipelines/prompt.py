@@ -75,9 +75,9 @@ class Encodings:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             return self._first_encoding(original, args, kwargs)
 
-        self.pipe.__dict__["encode_prompt"] = encode_prompt
         self._original = original
         try:
+            self.pipe.__dict__["encode_prompt"] = encode_prompt
             yield self
         finally:
             if had is None:

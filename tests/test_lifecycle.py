@@ -317,17 +317,19 @@ def test_several_pictures_in_one_block(worlds, method):
     witness.check(picture=False)
 
 
-def test_a_picture_that_failed_does_not_colour_the_next_one_in_its_block(worlds):
-    pipe, sets, witness = worlds["sd15"]
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_a_picture_that_failed_does_not_colour_the_next_one_in_its_block(worlds, family):
+    """FLUX encodes the negative prompt in a second call: when that one fails, the first is no part of what follows."""
+    pipe, sets, witness = worlds[family]
     with composing(pipe, sets, "switch", every=1):
         wanted = scene.draw(pipe)
     with composing(pipe, sets, "switch", every=1):
-        for place, at in (("denoiser", 1), ("encode_prompt", 0), ("callback", 1)):
+        for place, at in (("denoiser", 1), ("encode_prompt", 0), ("encode_prompt", 1), ("callback", 1)):
             given, undo = failing(pipe, place, Fault, at)
             with pytest.raises(Fault):
                 scene.draw(pipe, prompt="something else", **given)
             undo()
-            assert torch.equal(scene.draw(pipe), wanted), place
+            assert torch.equal(scene.draw(pipe), wanted), (place, at)
     witness.check(picture=False)
 
 
