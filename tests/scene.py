@@ -63,6 +63,11 @@ def baked(pipe, sets, weights, text_weights=None):
     return pipe
 
 
+def pixels(image) -> Tensor:
+    """The bytes of a PIL picture."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+
+
 # -- witnesses ------------------------------------------------------------------------------------------------------
 
 
