@@ -295,7 +295,8 @@ def write_base(pipe, tokenizer_folder, target):
     # transformers 5 loads in the config's dtype: the plain default is single precision, as the U-Net's
     _edit(fresh / "text_encoder" / "config.json", dtype="float32")
     # AutoencoderTiny saves this one itself and warns of it when it loads
-    _edit(fresh / "vae" / "config.json", block_out_channels=None)
+    _edit(fresh / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
+    _edit(fresh / "unet" / "config.json", _name_or_path=None)
     for path in Path(tokenizer_folder).iterdir():
         shutil.copy(path, fresh / "tokenizer" / path.name)
     fresh.chmod(0o755)

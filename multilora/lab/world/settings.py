@@ -53,7 +53,7 @@ class Settings:
     checkpoint_minutes: float = 5.0
     sample_minutes: float = 10.0
     sample_steps: int = 20
-    guidance: float = 4.0
+    guidance: float = 3.0
     seed: int = 0
 
 
