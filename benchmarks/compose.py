@@ -37,8 +37,8 @@ def main(rounds: int = 5) -> None:
     cases = ["base", *methods("route")]
     print("# Seconds per picture on the embedded base\n\nMade by `python benchmarks/compose.py`.\n")
     print(
-        f"Machine: {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; one 128 x 128 picture, "
-        f"float32, LoRAs {', '.join(m.name for m in members)}; median of {rounds} rounds in turn.\n"
+        f"Machine: {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; one picture of "
+        f"128 x 128, float32, LoRAs: {', '.join(m.name for m in members)}; median of {rounds} rounds in turn.\n"
     )
     print("| setting | method | seconds | of base |\n|---|---|---|---|")
     for title, settings in SETTINGS.items():
