@@ -95,12 +95,9 @@ def pictures(
 
 def alone(
     pipe: Any, name: str, lora: Any, recogniser: Any, count: int, *, stream: str = "judge", batch: int = 12,
-    keep: list | None = None, steps: int = STEPS,
+    steps: int = STEPS,
 ) -> tuple[int, int]:  # fmt: skip
-    """(found, asked): pictures of held-out prompts with the trigger in which the design is seen; `lora` None: without.
-
-    `keep` collects the pictures.
-    """
+    """(found, asked): pictures of held-out prompts with the trigger that show the design; `lora` None: without it."""
     from multilora.lab.score.presence import presence
 
     design, found = DESIGNS[name], 0
@@ -109,8 +106,6 @@ def alone(
         prompts = [caption(stream_scene(name, stream, i), i) for i in part]
         images = pictures(pipe, prompts, [10_000 + i for i in part], [] if lora is None else [lora], steps=steps)
         found += sum(presence(images, {design.category: name}, recogniser)[design.category])
-        if keep is not None:
-            keep += images
     return found, count
 
 
@@ -139,24 +134,30 @@ def make_one(
         modules=plan.modules, steps=plan.steps, lr=plan.lr, text_encoder=plan.text_encoder, seed=plan.seed,
         high_noise=0.5, format=plan.format, checkpoint_every=0,
     )  # fmt: skip
-    images: list[Image.Image] = []
     seen = {"loss": round(sum(done.losses[-20:]) / len(done.losses[-20:]), 4), "seconds": round(done.seconds)}
     if judge:
-        seen["with"] = alone(pipe, name, path, judge, JUDGED, keep=images)
-    else:
-        images = pictures(pipe, [caption(stream_scene(name, "judge", 0), 0)], [10_000], [path], steps=2)
-    preview(name, images, judge).save(Path(out) / "loras" / f"{name}.png", optimize=True)
+        seen["with"] = alone(pipe, name, path, judge, JUDGED)
+    preview(pipe, name, path, judge, STEPS if judge else 2).quantize(128).save(
+        Path(out) / "loras" / f"{name}.png", optimize=True
+    )
     facts.write_text(json.dumps(seen))
     return f"{name}: {seen}"
 
 
-def preview(name: str, images: Sequence[Image.Image], judge: str | None) -> Image.Image:
-    """The picture that shows the design most surely."""
-    if not judge or len(images) == 1:
-        return images[0]
+def preview(pipe: Any, name: str, path: Path, judge: str | None, steps: int = STEPS) -> Image.Image:
+    """The design alone in a calm scene: of four pictures the one that shows it most surely to the judge."""
     from multilora.lab.score.presence import load_recogniser
 
-    sure = load_recogniser(judge).probability(images, {DESIGNS[name].category: name})[DESIGNS[name].category]
+    category = DESIGNS[name].category
+    calm = {"garment": "none", "object": "none", "background": "plain", "style": "flat"}
+    calm = {key: value for key, value in calm.items() if key != category}
+    scenes = [sample_scene(70 + i, designs={category: name}, **calm) for i in range(4)]
+    if category in ("background", "style"):
+        scenes = [replace(scene, garment="robe", garment_colour="red") for scene in scenes]
+    images = pictures(pipe, [caption(s, 1) for s in scenes], range(4), [path], steps=steps)
+    if not judge:
+        return images[0]
+    sure = load_recogniser(judge).probability(images, {category: name})[category]
     return images[int(sure.argmax())]
 
 
