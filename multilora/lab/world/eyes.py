@@ -28,6 +28,7 @@ from multilora.lab.world.scene import CLASSES, COLOURED, Scene, labels, sample_s
 DESIGN_SHARE = 0.35  # of each category in the scenes the eyes learn from
 ROUND_TRIP = 0.1  # of the training pictures; a decode costs three training samples
 CLEAN = 0.35  # of the training pictures stay as drawn: resampling blurs the big pixels that make a style
+WEIGHTS = {"style": 4.0}  # big pixels are told from flat by fine detail, which is learnt last
 IGNORED = -100
 
 HEADS: dict[str, tuple[str, ...]] = {
@@ -154,7 +155,8 @@ def train_recogniser(
         wanted = torch.tensor([targets(scene) for scene in scenes])
         found = net(worn(x, generator, trip))
         loss = sum(
-            F.cross_entropy(found[head], wanted[:, i], ignore_index=IGNORED, label_smoothing=0.02)
+            WEIGHTS.get(head, 1.0)
+            * F.cross_entropy(found[head], wanted[:, i], ignore_index=IGNORED, label_smoothing=0.02)
             for i, head in enumerate(HEADS)
             if (wanted[:, i] != IGNORED).any()
         )
