@@ -18,10 +18,10 @@ demo: $(STAMP)
 	$(BIN)/multilora compose --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

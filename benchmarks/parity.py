@@ -43,7 +43,7 @@ SCHEDULERS = {
     "flux": {"FlowMatchEulerDiscreteScheduler": 1},
 }
 # LoRA strengths at which all effects are clear in the family.
-STRENGTH = {"sd15": 1.5, "sd3": 1.0, "flux": 1.0}
+STRENGTH = {"sd15": 1.25, "sd3": 1.0, "flux": 1.0}
 
 
 @dataclass(frozen=True)
