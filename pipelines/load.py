@@ -11,7 +11,7 @@ from multilora.method import unknown
 
 EMBEDDED = "embedded"
 # What the embedded base draws best with; other bases keep their pipeline's own defaults.
-EMBEDDED_DEFAULTS = {"num_inference_steps": 30, "guidance_scale": 4.0}
+EMBEDDED_DEFAULTS = {"num_inference_steps": 30, "guidance_scale": 3.0}
 
 
 def assets() -> Path:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 import typer
+
+# Read by OpenMP when torch is imported: a waiting thread must not burn the core that another program works on.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from multilora.cli.compose import compose
 from multilora.cli.doctor import doctor

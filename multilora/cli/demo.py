@@ -7,10 +7,10 @@ from typing import Any
 
 METHODS = ("merge", "switch", "composite", "sum_of_differences")
 # One of each; a library that lacks a name gives its first one of that category.
-CHOICE = {"character": "zib", "garment": "", "object": "", "background": ""}
-SEED = 7
-SENTENCE = "{character} wearing {garment} holding {object} in {background}"
-BARE = {"character": "a fox", "garment": "a robe", "object": "a balloon", "background": "a forest"}
+CHOICE = {"character": "korv", "garment": "dotta", "object": "heto", "background": "palma"}
+SEED = 1
+SENTENCE = "{character} in {garment} holding {object}, on {background}"
+BARE = {"character": "a fox", "garment": "a robe", "object": "a balloon", "background": "a beach"}
 
 
 def scene(library: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
