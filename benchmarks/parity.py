@@ -64,7 +64,7 @@ class Row:
 
     def failures(self) -> list[str]:
         """What this row does not keep, in words."""
-        # A prediction is sum mix_p e_p: rounding of the passes counts sum |mix_p| times, 2k - 1 here against 1 elsewhere.
+        # A prediction is sum mix_p e_p: the rounding of the passes counts sum |mix_p| times, here 2k - 1, elsewhere 1.
         limit = LIMITS[self.dtype] * (2 * len(WEIGHTS) - 1 if self.method == "sum_of_differences" else 1)
         return [
             *([f"a call differs by {self.per_call:.2e} > {limit:g}"] if not self.per_call <= limit else []),
