@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -471,7 +472,7 @@ def test_defaults_depend_on_the_base():
 
 @pytest.mark.long
 def test_two_processes_see_the_samples_of_one(folder):
-    """accelerate launch with two processes and batch 2 is one process with batch 4, to rounding."""
+    """Two processes with batch 2 are one process with batch 4, to rounding."""
     script = folder.parent / "two.py"
     script.write_text(
         "import sys; sys.path[:0] = ['tests', '.']\n"
@@ -484,10 +485,12 @@ def test_two_processes_see_the_samples_of_one(folder):
     one = train(folder, _pipe(), folder.parent / "one.safetensors", rank=2, steps=2, batch=4, lr=1e-2, size=32,
                 modules="attention", dtype=torch.float32)  # fmt: skip
     ran = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)],
-        capture_output=True, text=True, timeout=280,
+        # `accelerate launch --cpu --num_processes 2` starts one process where there is no MPI; torchrun starts two.
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+        capture_output=True, text=True, timeout=280, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
+    assert len(ran.stdout.split("losses")) == 3, "two processes print two lines"
     a, b = files.load(one.path), files.load(folder.parent / "two.safetensors")
     for key in a:
         torch.testing.assert_close(a[key].delta(), b[key].delta(), rtol=1e-3, atol=1e-6)
