@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-# Read by OpenMP when torch is imported: a waiting thread spins for microseconds, then frees the core for others. Waiting
+# Read by OpenMP when torch is imported: a waiting thread spins for microseconds, then frees its core. Waiting
 # without any spin (OMP_WAIT_POLICY=PASSIVE) took twice as long on the embedded base.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
