@@ -114,10 +114,7 @@ def block_factors(paths: Sequence[str], blocks: Mapping[str, float] | None, who:
     for pattern, value in blocks.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"block {pattern!r} of {who}: a finite number is wanted, got {value!r}")
-        plain = canonical(pattern)
-        hits = [p for p in paths if p == plain] or (
-            [p for p in paths if fnmatchcase(p, plain)] if _GLOB & set(plain) else []
-        )
+        plain, hits = canonical(pattern), matching(pattern, paths)
         if not hits:
             inside = [p for p in paths if p.startswith(f"{plain}.")]
             whole = f"; for all {len(inside)} modules in it write {plain + '.*'!r}"
@@ -125,6 +122,14 @@ def block_factors(paths: Sequence[str], blocks: Mapping[str, float] | None, who:
             raise ValueError(f"block {pattern!r} of {who} matches none of its {len(paths)} modules{hint}")
         (exact if hits == [plain] else factors).update(dict.fromkeys(hits, float(value)))
     return {**factors, **exact}
+
+
+def matching(pattern: str, paths: Sequence[str]) -> list[str]:
+    """The paths that a pattern means: the one it is exactly, else those it matches as a glob."""
+    plain = canonical(pattern)
+    return [p for p in paths if p == plain] or (
+        [p for p in paths if fnmatchcase(p, plain)] if _GLOB & set(plain) else []
+    )
 
 
 def _near_glob(pattern: str, paths: Sequence[str]) -> str:

@@ -4,16 +4,22 @@ The package can be called: `multilora.merge([fox, robe], [0.8, 0.6], method="lin
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 
 class _Merge(ModuleType):
     def __call__(
-        self, loras: Sequence[Any], weights: Sequence[float] | None = None, method: Any = "linear", **options: Any
+        self,
+        loras: Sequence[Any],
+        weights: Sequence[float | Mapping[str, float]] | None = None,
+        method: Any = "linear",
+        **options: Any,
     ) -> Any:
         """One Lora out of several by a merge method, named or bound; weights default to 1 each.
+
+        A weight is a number or {glob: number} (multilora.blocks.weights_of).
 
         Raises ValueError for an unknown method or option, and for what the method itself refuses.
         """
