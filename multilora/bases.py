@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from multilora import keys as spelling
 from multilora.lora import COMPONENTS, Lora
+from multilora.reading import read_header
 
 FAMILIES = {
     "sd15": "SD 1.5",
@@ -161,45 +162,6 @@ def _of_modules(name: str, family: str, modules: Mapping[str, nn.Module]) -> Bas
             if shape is not None:
                 shapes[key], live[key], paths[key] = shape, layer, path
     return Base(name, family, tuple(modules), shapes, layers, live, paths)
-
-
-def read_header(data: bytes, size: int, where: str) -> dict[str, Any]:
-    """The JSON header at the start of a safetensors file of `size` bytes, strictly read.
-
-    Raises ValueError, beginning with `where`, that says what the file is when it is none.
-    """
-    kinds = {
-        b"PK": "a zip or a PyTorch pickle",
-        b"\x80": "a Python pickle",
-        b"version https://git-lfs": "a Git LFS pointer: the real file was not downloaded",
-        b"<": "a web page",
-        b"GGUF": "a GGUF model",
-    }
-    for start, kind in kinds.items():
-        # A header's length could begin with the same bytes, but then it lies beyond the end of the file.
-        if data.startswith(start) and (size < 8 or struct.unpack("<Q", data[:8])[0] > size):
-            raise ValueError(f"{where}: not safetensors, this is {kind}; only .safetensors files are read")
-    if size < 10:
-        raise ValueError(f"{where}: not safetensors, {size} bytes are too short for a header")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > min(size - 8, 100_000_000):
-        raise ValueError(f"{where}: not safetensors or truncated, its header would be {length} bytes of {size - 8}")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in seen:
-                raise ValueError(f"{where}: key {name} occurs twice in the header")
-            seen[name] = value
-        return seen
-
-    try:
-        header = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=once)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not safetensors, its header is no JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{where}: not safetensors, its header is a {type(header).__name__}, wanted an object")
-    return header
 
 
 def _of_folder(folder: Path, name: str) -> Base:

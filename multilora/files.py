@@ -8,23 +8,20 @@ a ValueError that names file and key or field.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from multilora import keys as spelling
-from multilora.bases import FAMILIES, Base, base_of, family_of, family_of_model, read_header
+from multilora.bases import FAMILIES, Base, base_of, family_of, family_of_model
 from multilora.lora import COMPONENTS, Card, Dense, Lora, LowRank
+from multilora.reading import read_tensors
 from multilora.writing import save, state
 
 __all__ = ["family_of", "family_of_model", "fits", "load", "read", "save", "state"]
@@ -67,33 +64,9 @@ def load(path: str | Path, base: Any = None, *, name: str | None = None) -> Lora
         return _load_folder(path, against, name)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path.name}: wanted a .safetensors file or a PEFT folder with {PEFT_CONFIG} in it")
-    tensors, metadata, digest = _tensors(path)
+    tensors, metadata, digest = read_tensors(path)
     lora = read(tensors, metadata, base=against, source=path.name)
     return lora.replace(card=_card(lora, metadata, digest, path, name, against))
-
-
-def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """Tensors, metadata and sha256 of a file that is read once."""
-    if not path.is_file():
-        raise ValueError(f"{path.name}: no such file ({path})")
-    data = path.read_bytes()
-    header = read_header(data[:100_000_008], len(data), path.name)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(f"{path.name}: __metadata__ in the header must map names to texts")
-    (length,) = struct.unpack("<Q", data[:8])
-    try:
-        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
-    except (TypeError, KeyError, IndexError, ValueError):
-        raise ValueError(f"{path.name}: an entry of the header lacks its data_offsets") from None
-    if 8 + length + max(ends, default=0) != len(data):
-        wanted = 8 + length + max(ends, default=0)
-        raise ValueError(f"{path.name}: truncated or overlong, has {len(data)} bytes, its header says {wanted}")
-    try:
-        tensors = parse_safetensors(data)
-    except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path.name}: not valid safetensors: {error}") from None
-    return tensors, metadata, hashlib.sha256(data).hexdigest()
 
 
 def _load_folder(path: Path, base: Base | None, name: str | None, component: str = "") -> Lora:
@@ -114,7 +87,7 @@ def _load_folder(path: Path, base: Base | None, name: str | None, component: str
         pickled = (path / "adapter_model.bin").exists()
         hint = "; adapter_model.bin is a pickle, which is never read" if pickled else ""
         raise ValueError(f"{path.name}: {PEFT_WEIGHTS} is missing{hint}")
-    tensors, metadata, digest = _tensors(path / PEFT_WEIGHTS)
+    tensors, metadata, digest = read_tensors(path / PEFT_WEIGHTS)
     component = component or str(_own(metadata).get("component", ""))
     component = component if component in COMPONENTS else ""
     lora = read(tensors, metadata, config, base=base, source=path.name, component=component)
