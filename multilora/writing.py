@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +170,13 @@ def _texts(lora: Lora, metadata: Mapping[str, Any] | None, **more: Any) -> dict[
     return {"format": "pt", "multilora": json.dumps(own), **texts}
 
 
-def _write(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or nothing: a temporary file beside it, fsync, rename."""
+def _write(path: Path, data: bytes | Iterable[Any]) -> None:
+    """All of `data` (whole, or its pieces in order) under `path`, or nothing: a temporary file, fsync, rename."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+            for piece in [data] if isinstance(data, bytes) else data:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
