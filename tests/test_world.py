@@ -144,9 +144,12 @@ def test_the_encoder_is_the_projection():
 
 def test_every_caption_word_is_one_token(tmp_path):
     from multilora.lab.world.settings import SMOKE
-    from multilora.lab.world.text import encode_texts, write_tokenizer
+    from multilora.lab.world.text import _merges, _words, encode_texts, write_tokenizer
 
     tokenizer = write_tokenizer(tmp_path, SMOKE)
+    words = _words(SMOKE)
+    assert _merges(words) == _merges(words[::-1]), "token numbers must not depend on an order"
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
     for design in DESIGNS.values():
         assert len(tokenizer(design.trigger).input_ids) == 4
     assert len(tokenizer("xylophone").input_ids) > 3

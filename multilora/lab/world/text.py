@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from multilora.lab.world.caption import caption
@@ -17,29 +17,37 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
 def _words(settings):
-    """Every word of many captions, and of every trigger, with its count."""
-    counts = Counter()
-    for i in range(4000):
-        counts.update(re.findall(r"[a-z]+", caption(sample_scene(settings.held_out_seed + 200_000 + i))))
-    for word in " ".join(design.trigger for design in DESIGNS.values()).split():
-        counts[word] += 1
-    return counts
+    """Every word of many captions, and of every trigger, in the alphabet's order."""
+    texts = [caption(sample_scene(settings.held_out_seed + 200_000 + i)) for i in range(4000)]
+    texts += [design.trigger for design in DESIGNS.values()]
+    return sorted({word for text in texts for word in re.findall(r"[a-z]+", text)})
+
+
+def _merges(words):
+    """BPE merges until every word is one token: the most frequent pair first, of equals the first in the alphabet.
+
+    Not `tokenizers`' trainer: with equal counts its order changes from run to run, and with it the token numbers.
+    """
+    spelled = [[*word[:-1], word[-1] + WORD_END] for word in words]
+    merges = []
+    while pairs := Counter(pair for word in spelled for pair in zip(word, word[1:], strict=False)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word in spelled:
+            at = 0
+            while at < len(word) - 1:
+                if (word[at], word[at + 1]) == best:
+                    word[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
 
 
 def write_tokenizer(folder, settings):
     """Write a byte-level BPE in CLIP's files (vocab.json, merges.txt) in which every caption word is one token."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    counts = _words(settings)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END, unk_token=END))
-    trainer = trainers.BpeTrainer(
-        vocab_size=20_000, min_frequency=1, end_of_word_suffix=WORD_END, show_progress=False, special_tokens=[]
-    )
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator([" ".join(sorted(counts))], trainer)
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+    merges = _merges(_words(settings))
     tokens = letters + [letter + WORD_END for letter in letters] + ["".join(pair) for pair in merges]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     for token in (START, END):
