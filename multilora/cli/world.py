@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,4 +65,39 @@ def train(
             raise unknown("--stage", name, STAGES)
     arguments.check_folder(out)
     train_world(out, stage, smoke, echo=lambda text: print(text, file=sys.stderr, flush=True))
+    print(out)
+
+
+@world.command()
+def review(
+    out: Annotated[Path, typer.Option(help="folder of the pages, sealed.json and grids/")] = Path("out/review"),
+    assets: Annotated[
+        Path | None, typer.Option(help="folder with base, loras and recognisers; default the package's")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="a reviewer's JSON {number: {head: label}}: count it into --journal")
+    ] = None,
+    journal: Annotated[Path, typer.Option(help="the report's journal")] = Path("out/world/report.jsonl"),
+    count: Annotated[int, typer.Option(help="pictures of the base; each LoRA adds four", min=1)] = 112,
+) -> None:
+    """Draw numbered pictures without words for a reviewer, and grids with words; or count a reviewer's answers."""
+    from multilora.cli.console import print_json
+    from multilora.lab.world import review as lab
+    from multilora.lab.world.report import Journal
+
+    def echo(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if answers is not None:
+        print_json(lab.count(out / "sealed.json", answers, Journal(journal)))
+        return
+    from multilora.pipelines.load import assets as packaged
+    from multilora.pipelines.load import load_pipeline
+
+    arguments.check_folder(out)
+    folder = assets or packaged()
+    pipe = load_pipeline(folder / "base", device="cpu")
+    lab.grids(pipe, folder, out / "grids", echo)
+    lab.pages(pipe, folder, out, count, echo)
+    (out / "choices.json").write_text(json.dumps(lab.choices(), indent=1) + "\n")
     print(out)

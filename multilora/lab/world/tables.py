@@ -73,6 +73,18 @@ def alone_table(journal: Journal) -> str:
     return table(["LoRA", "category", "split", "with it, weight 1", "same prompts without it"], rows)
 
 
+def review_table(journal: Journal) -> str:
+    entries = journal.of("review")
+    if not entries:
+        return "not measured"
+    last = entries[-1]
+    heads = categories_in_order()
+    rows = [[head.replace("_", " "), *(share(*last[kind][head]) for kind in ("named", "heads"))] for head in heads]
+    sums = [[sum(last[kind][head][i] for head in heads) for i in (0, 1)] for kind in ("named", "heads")]
+    rows.append(["all", *(share(*pair) for pair in sums)])
+    return f"{last['pictures']} pictures.\n\n" + table(["element", "as the prompt says", "as recogniser B says"], rows)
+
+
 def _cell(entries: list[dict[str, Any]]) -> str:
     asked, count = sum(e["asked"] for e in entries), sum(e["pictures"] for e in entries)
     if not asked:
@@ -124,6 +136,11 @@ def text(journal: Journal) -> str:
             base_table(journal),
             "### Each LoRA alone",
             alone_table(journal),
+            "### What a reviewer sees who has not seen the prompts",
+            "Generated pictures of the base and of each LoRA alone, shown without words (`multilora world review`). "
+            "Left: the reviewer's word is the prompt's, where the prompt names the element. Right: recogniser B's "
+            "class is the reviewer's.",
+            review_table(journal),
             "### Composition on the test split",
             "Sets of k test designs with one character and no category twice; prompts name the triggers and generic "
             "elements for the rest. The noise of a picture is the same in every row. Each cell: share of requested "
