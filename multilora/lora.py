@@ -145,8 +145,9 @@ class Lora(Mapping):
         energy  the share, above 0 and at most 1, of each module's squared singular values that must stay; the
                 smallest rank that holds it is taken. With both, both limits hold
 
-        Low-rank parts go through QR of their factors (never through the full matrix) and are exact in the sense of
-        Eckart and Young; dense parts through their svd; biases stay. Raises ValueError for other limits.
+        Low-rank parts are cut from their factors (never through the full matrix) and are exact in the sense of Eckart
+        and Young; dense parts go through their svd; biases stay. The card's provenance["truncated"] holds the limits,
+        `energy_lost` and `energy_lost_by_module` (see `truncated`). Raises ValueError for other limits.
         """
         if rank is None and energy is None:
             raise ValueError("truncate wants rank=, energy= or both")
@@ -154,9 +155,8 @@ class Lora(Mapping):
             raise ValueError(f"truncate: rank={rank!r}, wanted a whole number of at least 1")
         if energy is not None and not (isinstance(energy, (int, float)) and 0.0 < energy <= 1.0):
             raise ValueError(f"truncate: energy={energy!r}, wanted a number above 0 and at most 1")
-        small = {k: energy is None and p.rank is not None and p.rank <= rank for k, p in self.items()}
-        parts = {k: p if small[k] else p.truncate(rank, energy) for k, p in self.items()}
-        kept = {"truncated": {"rank": rank, "energy": energy}}
+        parts, lost = truncated(self, dict.fromkeys(self, rank), energy)
+        kept = {"truncated": {"rank": rank, "energy": energy, **lost}}
         return Lora(parts, self.card.replace(sha256="", provenance={"terms": self.card.terms(), **kept}))
 
     def __mul__(self, by: float) -> Lora:
@@ -181,3 +181,26 @@ class Lora(Mapping):
 
     def __sub__(self, other: Lora) -> Lora:
         return self + -other if isinstance(other, Lora) else NotImplemented
+
+
+def truncated(
+    parts: Mapping[str, LowRank | Dense], ranks: Mapping[str, int | None], energy: float | None = None
+) -> tuple[dict[str, LowRank | Dense], dict[str, Any]]:
+    """(every update cut to its rank in `ranks` and to `energy`, what that lost); see Lora.truncate.
+
+    The second is {"energy_lost": share of the squared norm of all low-rank or matrix updates, "energy_lost_by_module":
+    key -> share}; biases and one-dimensional weights, which are never cut, count as no energy.
+    """
+    cut: dict[str, LowRank | Dense] = {}
+    shares: dict[str, float] = {}
+    gone = total = 0.0
+    for key, part in parts.items():
+        rank = ranks[key]
+        if energy is None and rank is not None and part.rank is not None and part.rank <= rank:
+            cut[key], lost, whole = part, 0.0, part.energy()
+        else:
+            cut[key], lost, whole = part.truncated(rank, energy)
+        if part.shape is not None and len(part.shape) > 1:
+            shares[key] = lost / whole if whole else 0.0
+            gone, total = gone + lost, total + whole
+    return cut, {"energy_lost": gone / total if total else 0.0, "energy_lost_by_module": shares}
