@@ -16,14 +16,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from multilora.blocks import merged_card, weights_of
 from multilora.lora import Dense, Lora, LowRank
+from multilora.method import Opt
 from multilora.sites import label
+
+# Options of every elementwise merge.
+Rank = Annotated[int | None, Opt("largest rank of a layer; none: the sum of the LoRAs' ranks there", minimum=1)]
+Whole = Annotated[bool, Opt("keep whole matrices, exact and large, instead of cutting them to a rank")]
 
 Combine = Callable[[str, list[Tensor], list[float]], Tensor]
 Echo = Callable[[str, int, int], None]
@@ -60,9 +65,9 @@ def elementwise(
 ) -> Lora:
     """One LoRA whose update of each layer is combine(key, deltas, weights).
 
-    combine  gets one delta per LoRA, in the layer's weight shape and in float32 (float64 where a LoRA is), zeros where
-             a LoRA lacks the module or has weight 0 there, and one weight per LoRA; it owns the deltas and may
-             overwrite them. Bias updates go through it too, as one-dimensional tensors under the key "<module>.bias"
+    combine  gets one delta per LoRA, contiguous, in the layer's weight shape and in float32 (float64 where a LoRA is),
+             zeros where a LoRA lacks the module or has weight 0 there, and one weight per LoRA; it owns the deltas
+             and may overwrite them. Bias updates go through it too, one-dimensional, under the key "<module>.bias"
     name     of the method, for errors and the card
     rank     largest rank of a module's result; None for the sum of the ranks of the LoRAs that act there. Never more
              than the layer's smaller side. One-dimensional weights, and with rank=None the layers where one of the
@@ -127,12 +132,16 @@ def _combined(
     if any(p.shape is not None for p in have):
         # A dense part hands out its own tensor: copied, so that `combine` may overwrite what it gets.
         deltas = [None if p is None or p.shape is None else p.delta(dtype) for p in parts]
-        deltas = [d.clone() if isinstance(p, Dense) and p.shape else d for p, d in zip(parts, deltas, strict=True)]
+        deltas = [_copy(d) if isinstance(p, Dense) and p.shape else d for p, d in zip(parts, deltas, strict=True)]
         weight = combine(key, _filled(deltas), list(weights))
     if any(p.bias is not None for p in have):
         biases = [None if p is None or p.bias is None else p.bias.to(dtype, copy=True) for p in parts]
         bias = combine(f"{key}.bias", _filled(biases), list(weights))
     return weight, bias
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _filled(deltas: list[Tensor | None]) -> list[Tensor]:
