@@ -9,15 +9,17 @@ import collections
 import hashlib
 import json
 import os
+import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as pack_safetensors
 from torch import Tensor
 
+from multilora import __version__
 from multilora.bases import base_of
 from multilora.lora import COMPONENTS, Dense, Lora, LowRank
 from multilora.method import unknown
@@ -25,6 +27,9 @@ from multilora.method import unknown
 FORMATS = ("diffusers", "kohya", "peft")
 _DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
            "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}  # fmt: skip
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Of a card's provenance, what goes into a file: how it was made, from what.
+_RECIPE = ("terms", "merge", "truncated", "energy_lost", "energy_kept")
 
 
 def _text_path(path: str) -> str:
@@ -161,8 +166,9 @@ def _texts(lora: Lora, metadata: Mapping[str, Any] | None, **more: Any) -> dict[
     card = lora.card
     own = {"version": 1, "name": card.name, "category": card.category, "triggers": list(card.triggers)}
     own |= {"family": card.family, **more}
-    if card.provenance.get("terms"):
-        own["terms"] = card.provenance["terms"]
+    recipe = {n: card.provenance[n] for n in _RECIPE if card.provenance.get(n) is not None}
+    if recipe:
+        own |= {**recipe, "library": f"multilora {__version__}"}
     texts = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
     for name in ("lora_adapter_metadata", "format"):
         if name in texts:
@@ -193,15 +199,29 @@ def _not_an_input(lora: Lora, path: Path) -> None:
         raise ValueError(f"{path.name}: an input of the LoRA, never written over; choose another name")
 
 
-def _bytes(tensors: Mapping[str, Tensor], texts: dict[str, str], dtype: torch.dtype | None, where: str) -> bytes:
+def _packed(
+    tensors: Mapping[str, Tensor], texts: dict[str, str], dtype: torch.dtype | None, where: str
+) -> list[bytes | memoryview]:
+    """A safetensors file in pieces. Equal tensors and texts give equal bytes, which safetensors' own writer does not
+    promise: it puts the metadata in a random order."""
     ready = {}
     for key, tensor in tensors.items():
         moved = tensor.detach().to("cpu", dtype if dtype is not None and not key.endswith(".alpha") else tensor.dtype)
         if not torch.isfinite(moved).all():
             wide = "values that are NaN or infinite" if dtype is None else f"values that do not fit {dtype}"
             raise ValueError(f"{where}: key {key} has {wide}; nothing was written")
-        ready[key] = moved.contiguous().clone()  # safetensors refuses tensors that share memory
-    return pack_safetensors(ready, texts)
+        ready[key] = moved.contiguous()
+    header: dict[str, Any] = {"__metadata__": texts}
+    pieces, end = [], 0
+    for key in sorted(ready, key=lambda k: (-ready[k].element_size(), k)):  # so that every tensor is aligned
+        data = memoryview(ready[key].reshape(-1).view(torch.uint8).numpy())
+        at = [end, end + len(data)]
+        header[key] = {"dtype": _CODES[ready[key].dtype], "shape": list(ready[key].shape), "data_offsets": at}
+        pieces.append(data)
+        end = at[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)), text, *pieces]
 
 
 def save(
@@ -236,7 +256,7 @@ def save(
     if path.suffix != ".safetensors":
         raise ValueError(f"{path.name}: a {format} file is named *.safetensors")
     _not_an_input(lora, path)
-    data = _bytes(tensors, _texts(lora, metadata), dtype, path.name)
+    data = _packed(tensors, _texts(lora, metadata), dtype, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, data)
     return path
@@ -254,13 +274,30 @@ def _save_peft(lora: Lora, path: Path, dtype: torch.dtype | None, metadata: Any,
         folder = path / component if len(lora.components) > 1 and component else path
         _not_an_input(lora, folder / "adapter_model.safetensors")
         texts = _texts(lora, metadata, component=component)
-        data = _bytes(_peft(Lora(parts)), texts, dtype, folder.name)
+        data = _packed(_peft(Lora(parts)), texts, dtype, folder.name)
         ready.append((folder, data, json.dumps(_peft_config(parts), indent=2).encode()))
-    for folder, data, config in ready:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "adapter_model.safetensors", data)
-        _write(folder / "adapter_config.json", config)
+    _write_folders(path, ready)
     return path
+
+
+def _write_folders(path: Path, ready: list[tuple[Path, Any, bytes]]) -> None:
+    """The PEFT folder `path`; a new one appears complete or not at all, in one that exists each file does."""
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) if fresh else path
+    try:
+        for folder, data, config in ready:
+            folder = beside / folder.relative_to(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / "adapter_model.safetensors", data)
+            _write(folder / "adapter_config.json", config)
+        if fresh:
+            os.chmod(beside, 0o755)
+            os.replace(beside, path)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def _bare(key: str) -> bool:
