@@ -56,12 +56,12 @@ class Base:
 
     @cached_property
     def flat(self) -> dict[str, str]:
-        """Underscored spelling "unet.mid_block_attentions_0_proj_in" -> canonical key."""
+        """Underscored spelling "unet.mid_block_attentions_0_proj_in" -> canonical key; of a bare model ".layers_0"."""
         found = {}
         for key in self.shapes:
             component, _, path = key.partition(".")
-            if component in COMPONENTS:
-                found[f"{component}.{path.replace('.', '_')}"] = key
+            component, path = (component, path) if component in COMPONENTS else ("", key)
+            found[f"{component}.{path.replace('.', '_')}"] = key
         return found
 
     def locate(self, name: str) -> tuple[str, ...]:
@@ -138,9 +138,22 @@ def family_of(lora: Lora | Iterable[str]) -> str:
         return "flux2" if any(".to_qkv_mlp_proj" in n for n in made) else "flux"
     if any(".img_mlp." in n or ".img_mod." in n for n in made):
         return "qwenimage"
+    if any(".attention.to_" in n and n.split(".")[1] in ("layers", "noise_refiner", "context_refiner") for n in made):
+        return "zimage"
+    if any(".feed_forward.w" in n for n in made):
+        return "zimage"
     if any(".add_q_proj" in n or ".ff_context." in n or ".norm1_context." in n for n in made):
-        return "sd3"
+        return _joint_family(lora, made)
     return ""
+
+
+def _joint_family(lora: Lora | Iterable[str], made: list[str]) -> str:
+    """SD 3, Qwen-Image and FLUX's double blocks have the same attention: the depth and width of real models tell."""
+    blocks = [int(n.split(".")[2]) for n in made if n.startswith("transformer.transformer_blocks.")]
+    if max(blocks, default=0) >= 38:  # 60 in Qwen-Image, 38 in SD 3.5 Large, 19 in FLUX.1
+        return "qwenimage"
+    shapes = [lora[n].shape for n in made if n.endswith(".attn.to_q")] if isinstance(lora, Lora) else []
+    return "flux" if any(shape and shape[1] == 3072 for shape in shapes) else "sd3"
 
 
 def _layers_of(component: str, module: nn.Module) -> Iterable[tuple[str, str, nn.Module]]:

@@ -22,26 +22,41 @@ SUFFIXES = {
     ".lora_up.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    ".dora_scale": "dora_scale",
     ".lora_embedding_A": "embedding_down",
     ".lora_embedding_B": "embedding_up",
+    ".lora_mid.weight": "mid",
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora_B.bias": "up_bias",
     "_lora.down.weight": "down",
     "_lora.up.weight": "up",
+    ".hada_w1_a": "hada_w1_a",
+    ".hada_w1_b": "hada_w1_b",
+    ".hada_w2_a": "hada_w2_a",
+    ".hada_w2_b": "hada_w2_b",
+    ".hada_t1": "hada_t1",
+    ".hada_t2": "hada_t2",
+    ".lokr_w1_a": "lokr_w1_a",
+    ".lokr_w1_b": "lokr_w1_b",
+    ".lokr_w2_a": "lokr_w2_a",
+    ".lokr_w2_b": "lokr_w2_b",
+    ".lokr_w1": "lokr_w1",
+    ".lokr_w2": "lokr_w2",
+    ".lokr_t2": "lokr_t2",
     ".diff_b": "bias",
     ".diff": "diff",
+    ".w_norm": "norm",
+    ".b_norm": "bias",
     ".alpha": "alpha",
     ".base_layer.bias": "whole_bias",
     ".bias": "whole_bias",
 }
 # Words in a key that mean another kind of adapter; a file with one of them is refused by its kind.
 OTHER_KINDS = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoCon with a Tucker core (lora_mid)",
     "oft_blocks": "OFT",
     "oft_diag": "OFT",
     "oft_R": "OFT",
@@ -54,8 +69,6 @@ OTHER_KINDS = {
     "emb_params": "textual inversion",
     ".a1.weight": "GLoRA",
     ".b1.weight": "GLoRA",
-    ".w_norm": "LyCORIS norm",
-    ".b_norm": "LyCORIS norm",
 }
 PREFIXES = {
     "lora_unet_": "unet",
@@ -64,6 +77,16 @@ PREFIXES = {
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
     "lora_transformer_": "transformer",
+    "lora_prior_unet_": "prior",
+    "lycoris_": "unet",  # lycoris-lora around a bare model (SimpleTuner): of its denoiser
+}
+# ComfyUI's names of text encoders -> components that they may be, the likeliest first.
+ENCODERS = {
+    "text_encoders.clip_l.transformer.": ("text_encoder",),
+    "text_encoders.clip_g.transformer.": ("text_encoder_2",),
+    "text_encoders.t5xxl.transformer.": ("text_encoder_3", "text_encoder_2"),
+    "text_encoders.qwen25_7b.transformer.": ("text_encoder",),
+    "text_encoders.qwen3_4b.transformer.": ("text_encoder",),
 }
 # Names of modules that hold underscores themselves: the others are single words between the dots of a path.
 WORDS = {
@@ -77,12 +100,15 @@ WORDS = {
     "position_embedding", "layer_norm", "layer_norm1", "layer_norm2", "final_layer_norm",
     "relative_attention_bias", "wi_0", "wi_1", "gate_proj", "up_proj", "down_proj", "o_proj", "embed_tokens",
     "lm_head", "input_layernorm", "noise_refiner", "context_refiner", "img_in", "txt_in", "img_mlp", "txt_mlp",
-    "img_mod", "txt_mod",
+    "img_mod", "txt_mod", "txt_norm", "feed_forward", "adaLN_modulation", "attention_norm1", "attention_norm2",
+    "ffn_norm1", "ffn_norm2", "cap_embedder", "t_embedder", "all_x_embedder", "all_final_layer",
+    "post_attention_layernorm", "embed_positions", "final_norm",
 }  # fmt: skip
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-# FLUX and SD3 layers in the code of their authors (as sd-scripts and ComfyUI write them) -> ours; several names mean
-# that the rows of one projection are split, by equal parts or, for linear1, q, k, v of the input's width and the rest.
+# FLUX, SD3 and Z-Image layers in the code of their authors (as sd-scripts, musubi-tuner and ComfyUI write them) ->
+# ours; several names mean that the rows of one projection are split, by the base's rows, else by equal parts or, for
+# linear1, q, k, v of the input's width and the rest.
 NATIVE = {
     r"double_blocks_(\d+)_img_attn_qkv": ("transformer_blocks.{}.attn", _QKV),
     r"double_blocks_(\d+)_img_attn_proj": ("transformer_blocks.{}.attn", ("to_out.0",)),
@@ -96,18 +122,47 @@ NATIVE = {
     r"double_blocks_(\d+)_txt_mod_lin": ("transformer_blocks.{}.norm1_context", ("linear",)),
     r"single_blocks_(\d+)_linear1": ("single_transformer_blocks.{}", tuple(f"attn.{q}" for q in _QKV) + ("proj_mlp",)),
     r"single_blocks_(\d+)_linear2": ("single_transformer_blocks.{}", ("proj_out",)),
+    r"single_blocks_(\d+)_qkv": ("single_transformer_blocks.{}.attn", _QKV),
     r"single_blocks_(\d+)_modulation_lin": ("single_transformer_blocks.{}.norm", ("linear",)),
     r"joint_blocks_(\d+)_x_block_attn_qkv": ("transformer_blocks.{}.attn", _QKV),
     r"joint_blocks_(\d+)_x_block_attn2_qkv": ("transformer_blocks.{}.attn2", _QKV),
     r"joint_blocks_(\d+)_x_block_attn_proj": ("transformer_blocks.{}.attn", ("to_out.0",)),
     r"joint_blocks_(\d+)_x_block_attn2_proj": ("transformer_blocks.{}.attn2", ("to_out.0",)),
+    r"joint_blocks_(\d+)_x_block_adaLN_modulation_1": ("transformer_blocks.{}.norm1", ("linear",)),
     r"joint_blocks_(\d+)_x_block_mlp_fc1": ("transformer_blocks.{}.ff", ("net.0.proj",)),
     r"joint_blocks_(\d+)_x_block_mlp_fc2": ("transformer_blocks.{}.ff", ("net.2",)),
     r"joint_blocks_(\d+)_context_block_attn_qkv": ("transformer_blocks.{}.attn", _ADDED),
     r"joint_blocks_(\d+)_context_block_attn_proj": ("transformer_blocks.{}.attn", ("to_add_out",)),
     r"joint_blocks_(\d+)_context_block_mlp_fc1": ("transformer_blocks.{}.ff_context", ("net.0.proj",)),
+    r"joint_blocks_(\d+)_context_block_adaLN_modulation_1": ("transformer_blocks.{}.norm1_context", ("linear",)),
     r"joint_blocks_(\d+)_context_block_mlp_fc2": ("transformer_blocks.{}.ff_context", ("net.2",)),
+    r"(layers_\d+|noise_refiner_\d+|context_refiner_\d+)_attention_qkv": ("{}.attention", _QKV),
+    r"(layers_\d+|noise_refiner_\d+|context_refiner_\d+)_attention_out": ("{}.attention", ("to_out.0",)),
 }
+# Layers outside the blocks -> what they may be, by family; the first that the base has.
+NATIVE_TOP = {
+    "img_in": ("img_in", "x_embedder"),
+    "txt_in": ("txt_in", "context_embedder"),
+    "x_embedder": ("x_embedder", "all_x_embedder.2-1"),
+    "time_in_in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in_out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in_in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in_out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in_in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in_out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "t_embedder_mlp_0": ("t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_1"),
+    "t_embedder_mlp_2": ("t_embedder.mlp.2", "time_text_embed.timestep_embedder.linear_2"),
+    "y_embedder_mlp_0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder_mlp_2": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer_linear": ("proj_out", "all_final_layer.2-1.linear"),
+    "final_layer_adaLN_modulation_1": ("norm_out.linear", "all_final_layer.2-1.adaLN_modulation.1"),
+}
+# Their two halves, scale and shift, lie in the other order in diffusers: in FLUX and SD3, where they make 2 * width.
+_HALVES = re.compile(r"(?:final_layer|joint_blocks_\d+_context_block)_adaLN_modulation_1")
+# XLabs' FLUX files: processor names that stand for projections of the original code.
+_XLABS = re.compile(
+    r"(?:diffusion_model\.)?(double|single)(_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
+)
 _NATIVE = [(re.compile(pattern), *target) for pattern, target in NATIVE.items()]
 _LDM_RESNET = {
     "in_layers_0": "norm1",
@@ -127,15 +182,32 @@ _LDM_SINGLE = {
     "label_emb_0_2": "add_embedding.linear_2",
 }
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-_UNET_FIRST = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
-_TRANSFORMER_FIRST = ("transformer_blocks", "single_transformer_blocks", "x_embedder", "context_embedder")
+_UNET_FIRST = (
+    "down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding",
+)  # fmt: skip
+_TRANSFORMER_FIRST = (
+    "transformer_blocks", "single_transformer_blocks", "x_embedder", "context_embedder", "noise_refiner",
+    "context_refiner", "img_in", "txt_in", "time_text_embed", "norm_out", "cap_embedder", "t_embedder",
+    "all_x_embedder", "all_final_layer",
+)  # fmt: skip
+
+
+def other_kind(key: str) -> str:
+    """The kind of adapter that is not read, by a word in one of its keys; "" for all others."""
+    return next((kind for word, kind in OTHER_KINDS.items() if word in key), "")
 
 
 def split(key: str) -> tuple[str, str]:
     """(name of the layer as the file spells it, what the tensor is to it). Raises ValueError for an unknown end."""
-    for word, kind in OTHER_KINDS.items():
-        if word in key:
-            raise ValueError(f"key {key}: this is {kind}, which is not read here; convert it to a plain LoRA first")
+    kind = other_kind(key)
+    if kind:
+        raise ValueError(f"key {key}: this is {kind}, which is not read here; convert it to a plain LoRA first")
+    xlabs = _XLABS.fullmatch(key)
+    if xlabs:
+        side, block, what, stream, role = xlabs.groups()
+        leaf = {"qkv": "qkv", "proj": "linear2"}[what]
+        leaf = leaf if side == "single" else f"{'txt' if stream == '2' else 'img'}_attn.{what}"
+        return f"diffusion_model.{side}{block}.{leaf}", role
     for end, role in SUFFIXES.items():
         if key.endswith(end) and len(key) > len(end):
             name = key[: -len(end)]
@@ -145,6 +217,11 @@ def split(key: str) -> tuple[str, str]:
                 name = f"{head}.{old}"
             return name.replace(".processor.", "."), role
     raise ValueError(f"key {key}: no name of a LoRA tensor (known ends: .lora_A.weight, .lora_down.weight, ...)")
+
+
+def halves_swapped(name: str) -> bool:
+    """Whether the two halves of a layer's rows lie in the other order in diffusers, if it makes twice its input."""
+    return bool(_HALVES.search(name.replace(".", "_")))
 
 
 def plain(component: str, path: str) -> str:
@@ -193,13 +270,45 @@ def ldm(name: str, layers_per_block: int = 2) -> str | None:
     return f"up_blocks.{block}.{'resnets' if resnet else 'attentions'}.{layer}.{tail}"
 
 
-def native(name: str) -> tuple[str, ...] | None:
-    """The transformer paths that a FLUX or SD3 layer of the original code stands for, in row order; None: not one."""
+def native(name: str, known: Mapping[str, object] | None = None) -> tuple[str, ...] | None:
+    """The transformer paths that a layer of the authors' code stands for, in row order; None: not one of these.
+
+    Raises nothing; `known` are the base's layers, which decide where the same name means different layers.
+    """
     for pattern, parent, leaves in _NATIVE:
         found = pattern.fullmatch(name)
         if found:
-            return tuple(f"transformer.{parent.format(found[1])}.{leaf}" for leaf in leaves)
-    return None
+            head = parent.format(found[1] if found[1].isdigit() else dotted(found[1]))
+            return tuple(f"transformer.{head}.{leaf}" for leaf in leaves)
+    there = [f"transformer.{path}" for path in NATIVE_TOP.get(name, ())]
+    return (next((path for path in there if path in (known or {})), there[0]),) if there else None
+
+
+def _denoiser(path: str) -> str:
+    """The component that a denoiser's path without one belongs to."""
+    first, second = (*path.split("."), "")[:2]
+    return "transformer" if first in _TRANSFORMER_FIRST or (first == "layers" and second.isdigit()) else "unet"
+
+
+def _underscored(start: str, rest: str, known: Mapping, flat: Mapping[str, str], layers: int) -> tuple[str, ...]:
+    """The keys of an underscored name behind one of PREFIXES."""
+    component = PREFIXES[start]
+    rest = rest.removeprefix("text_model_") if component.startswith("text_encoder") else rest
+    # sd-scripts calls T5 the third text encoder in FLUX too; lycoris-lora says nothing of the component.
+    others = {"lora_te3_": ("text_encoder_2",), "lora_unet_": ("transformer",)}.get(start, ())
+    others = ("transformer", "") if start == "lycoris_" else others
+    for real in (component, *others):
+        if f"{real}.{rest}" in flat:
+            return (flat[f"{real}.{rest}"],)
+    if component not in ("unet", "transformer"):
+        return (plain(component, dotted(rest)),)
+    path = native(rest, known)
+    if path:
+        return path
+    path = (component == "unet" and ldm(rest, layers)) or dotted(rest)
+    if start == "lycoris_" and _denoiser(path) == "unet" and not path.startswith(_UNET_FIRST):
+        return (path,)
+    return (plain(component if component == "transformer" else _denoiser(path), path),)
 
 
 def locate(
@@ -213,32 +322,35 @@ def locate(
     """
     known, flat = known or {}, flat or {}
     name = name.removeprefix("base_model.model.")
-    for start, component in PREFIXES.items():
+    for start in PREFIXES:
         if name.startswith(start):
-            rest = name[len(start) :]
-            if component.startswith("text_encoder"):
-                rest = rest.removeprefix("text_model_")
-            for real in (component, "transformer" if component == "unet" else component):
-                if f"{real}.{rest}" in flat:
-                    return (flat[f"{real}.{rest}"],)
-            fused = native(rest) if component in ("unet", "transformer") else None
-            if fused:
-                return fused
-            return (plain(component, (component == "unet" and ldm(rest, layers)) or dotted(rest)),)
+            return _underscored(start, name[len(start) :], known, flat, layers)
     if name in known:
         return (name,)
     for start in ("model.diffusion_model.", "diffusion_model."):
         if name.startswith(start):
-            rest = name[len(start) :].replace(".", "_")
-            return native(rest) or (plain("unet", ldm(rest, layers) or name[len(start) :]),)
+            rest = name[len(start) :]
+            for component in ("transformer", "unet"):
+                if f"{component}.{rest}" in known:
+                    return (f"{component}.{rest}",)
+            fused = native(rest.replace(".", "_"), known)
+            return fused or (plain(_denoiser(rest), ldm(rest.replace(".", "_"), layers) or rest),)
+    for start, components in ENCODERS.items():
+        if name.startswith(start):
+            named = [plain(component, name[len(start) :]) for component in components]
+            return (next((key for key in named if key in known), named[0]),)
     component, _, rest = name.partition(".")
     if component in COMPONENTS and rest:
-        return (plain(component, rest),)
+        # A file may name the component and spell the rest as the authors do.
+        fused = native(rest.replace(".", "_"), known) if component == "transformer" else None
+        return fused or (plain(component, rest),)
     for component in ("unet", "transformer", "text_encoder", "text_encoder_2"):
         if plain(component, name) in known:
             return (plain(component, name),)
-    if not known and component != name:
-        first = name.split(".", 1)[0]
+    first = name.split(".", 1)[0]
+    if first in ("double_blocks", "single_blocks", "joint_blocks"):
+        return native(name.replace(".", "_"), known) or (name,)
+    if not known and first != name:
         guess = "unet" if first in _UNET_FIRST else "transformer" if first in _TRANSFORMER_FIRST else ""
         return (plain(guess, name),)
     return (name,)
