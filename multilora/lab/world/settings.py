@@ -25,6 +25,8 @@ class Settings:
     decoder_batch: int = 4
     decoder_rate: float = 2e-3
     decoder_noise: float = 0.16
+    polish_minutes: float = 20.0
+    polish_rate: float = 6e-4
     # text
     tokens: int = 32
     text_width: int = 128
@@ -69,6 +71,7 @@ SMOKE = replace(
     warmup=2,
     minutes=0.5,
     decoder_minutes=0.2,
+    polish_minutes=0.05,
     sample_steps=2,
     processes=2,
 )

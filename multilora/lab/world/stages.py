@@ -49,6 +49,7 @@ STAGES = {
     "draw": (_data, "scenes -> data/: latents, tokens, captions, labels"),
     "autoencoder": (_autoencoder, "renders -> vae/: the patch projection and its decoder"),
     "base": (_base, "data/, vae/ -> assets/base: text encoder and U-Net"),
+    "polish": (_later("polish"), "assets/base, renders -> assets/base/vae: its decoder on the base's own latents"),
     "eyes": (_later("eyes"), "renders -> assets/clip, assets/recogniser_a and _b"),
     "loras": (_later("loras"), "forty pictures a design -> assets/loras"),
     "report": (_later("report"), "assets/ -> report.jsonl, assets/README.md"),
