@@ -35,7 +35,7 @@ class Plan:
 
     rank: int = 4
     modules: str = "attention+feed_forward+convolution"
-    steps: int = 180
+    steps: int = 240
     lr: float = 2e-3
     format: str = "diffusers"
     text_encoder: bool = False
@@ -129,10 +129,11 @@ def make_one(
         return f"{name}: kept, {json.loads(facts.read_text())}"
     data = draw_data(name, Path(work) / name)
     pipe = load_pipeline(base, torch_dtype=torch.float32, device="cpu")
+    pipe.register_to_config(_name_or_path="embedded")  # the name in the file's recipe, not this machine's folder
     done = train(
         data, pipe, path, trigger=design.trigger, name=name, category=design.category, rank=plan.rank,
         modules=plan.modules, steps=plan.steps, lr=plan.lr, text_encoder=plan.text_encoder, seed=plan.seed,
-        high_noise=0.5, format=plan.format, checkpoint_every=0,
+        high_noise=0.5, format=plan.format, checkpoint_every=0, mixed_precision="bf16",
     )  # fmt: skip
     seen = {"loss": round(sum(done.losses[-20:]) / len(done.losses[-20:]), 4), "seconds": round(done.seconds)}
     if judge:
