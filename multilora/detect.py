@@ -38,7 +38,7 @@ def tags(text: str) -> str:
         return ""
     try:
         folders = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also numbers of thousands of digits
         return ""
     counts: dict[str, int] = {}
     for folder in folders.values() if isinstance(folders, dict) else ():

@@ -8,7 +8,6 @@ a ValueError that names file and key or field.
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,9 @@ from multilora import keys as spelling
 from multilora.bases import FAMILIES, Base, base_of, family_of, family_of_model
 from multilora.detect import description, format_of, trainer_of, words
 from multilora.layers import MAGNITUDES, Found, layer_parts, low_rank
+from multilora.limits import LOCAL, Limits, broken, growth_within, shown, within
 from multilora.lora import COMPONENTS, Card, Dense, Lora, LowRank
-from multilora.reading import read_tensors
+from multilora.reading import SUFFIXES, located, parse_json, read_json, read_tensors
 from multilora.scales import Scales
 from multilora.writing import save, state
 
@@ -32,13 +32,22 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 _MOST = 10  # names listed in one error
+_MOST_TRIGGERS = 100
 
 
 def _names(found: list[str]) -> str:
     return ", ".join(found[:_MOST]) + (f", and {len(found) - _MOST} more" if len(found) > _MOST else "")
 
 
-def load(path: str | Path, base: Any = None, *, name: str | None = None, allow_partial: bool = False) -> Lora:
+def load(
+    path: str | Path,
+    base: Any = None,
+    *,
+    name: str | None = None,
+    allow_partial: bool = False,
+    limits: Limits = LOCAL,
+    root: str | Path | None = None,
+) -> Lora:
     """The Lora in a .safetensors file or a PEFT folder, checked.
 
     base  a diffusers pipeline, a module, a saved pipeline's folder or "embedded": every key must then name one of its
@@ -47,67 +56,74 @@ def load(path: str | Path, base: Any = None, *, name: str | None = None, allow_p
     name  of the card; default is the name written into the file by `save`, else the file's
     allow_partial  read what fits when some keys are unknown or name layers that the base lacks; the keys left out are
           warned about and listed in card.provenance["left_out"]
+    limits, root  as in multilora.admit.admit, which is this function with tighter limits
 
     DoRA needs a live base, which its update depends on. The card's provenance says what the file is: "format",
     "trainer", "algorithms", "alphas" and the "metadata" worth showing.
 
     Raises ValueError naming file, key or field, what was expected and what was found.
     """
-    path = Path(path).expanduser()
+    path = located(path, root)
     against = None if base is None else base_of(base)
+    options = {"allow_partial": allow_partial, "limits": limits}
     if path.is_dir():
-        return _load_folder(path, against, name, allow_partial)
+        return _load_folder(path, against, name, options, root)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name}: wanted a .safetensors file or a PEFT folder with {PEFT_CONFIG} in it")
-    tensors, metadata, digest = read_tensors(path)
-    lora = read(tensors, metadata, base=against, source=path.name, allow_partial=allow_partial)
+        kind = f"; this is {SUFFIXES[path.suffix]}" if path.suffix in SUFFIXES else ""
+        wanted = f"wanted a .safetensors file or a PEFT folder with {PEFT_CONFIG} in it"
+        raise ValueError(f"{shown(path.name)}: {wanted}{kind}")
+    tensors, metadata, digest = read_tensors(path, limits, root=root)
+    lora = read(tensors, metadata, base=against, source=shown(path.name), **options)
     return lora.replace(card=_card(lora, metadata, digest, path, name, against))
 
 
-def _load_folder(path: Path, base: Base | None, name: str | None, allow_partial: bool, component: str = "") -> Lora:
+def _load_folder(
+    path: Path, base: Base | None, name: str | None, options: dict[str, Any], root: Any, component: str = ""
+) -> Lora:
+    source, limits = shown(path.name), options["limits"]
     if not (path / PEFT_CONFIG).is_file():
         parts = [c for c in COMPONENTS if (path / c / PEFT_CONFIG).is_file()]
         if not parts:
-            raise ValueError(f"{path.name}: no PEFT folder, {PEFT_CONFIG} is missing; or give a .safetensors file")
-        loras = [_load_folder(path / c, base, name or path.name, allow_partial, c) for c in parts]
+            there = [shown(p.name) for p in sorted(path.glob("*.safetensors"))]
+            which = f", name one of {_names(there)}" if there else ""
+            wanted = f"{PEFT_CONFIG} is missing; or give a .safetensors file{which}"
+            raise ValueError(f"{source}: no PEFT folder, {wanted}")
+        loras = [_load_folder(path / c, base, name or source, options, root, c) for c in parts]
         return Lora({k: p for lora in loras for k, p in lora.items()}, loras[0].card)
-    where = f"{path.name}/{PEFT_CONFIG}"
-    try:
-        config = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: no JSON ({error})") from None
+    where = f"{source}/{PEFT_CONFIG}"
+    config = read_json(located(path / PEFT_CONFIG), limits, root=root, where=where)
     if not isinstance(config, dict):
         raise ValueError(f"{where}: holds a {type(config).__name__}, wanted an object")
     if not (path / PEFT_WEIGHTS).is_file():
         pickled = (path / "adapter_model.bin").exists()
         hint = "; adapter_model.bin is a pickle, which is never read" if pickled else ""
-        raise ValueError(f"{path.name}: {PEFT_WEIGHTS} is missing{hint}")
-    tensors, metadata, digest = read_tensors(path / PEFT_WEIGHTS)
+        raise ValueError(f"{source}: {PEFT_WEIGHTS} is missing{hint}")
+    tensors, metadata, digest = read_tensors(
+        path / PEFT_WEIGHTS, limits, root=root, where=f"{source}/{PEFT_WEIGHTS}"
+    )
     component = component or str(_own(metadata).get("component", ""))
     component = component if component in COMPONENTS else ""
-    lora = read(
-        tensors, metadata, config, base=base, source=path.name, component=component, allow_partial=allow_partial
-    )
+    lora = read(tensors, metadata, config, base=base, source=source, component=component, **options)
     return lora.replace(card=_card(lora, metadata, digest, path, name, base))
 
 
 def _own(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What `save` wrote about the LoRA: names and words to show, and the component of a PEFT folder."""
     try:
-        own = json.loads(metadata.get("multilora", "{}"))
-    except (json.JSONDecodeError, RecursionError):
+        own = parse_json(metadata.get("multilora", "{}"), where="multilora")
+    except ValueError:
         own = {}
     return own if isinstance(own, dict) else {}
 
 
 def _card(lora: Lora, metadata: Mapping[str, str], digest: str, path: Path, name: str | None, base: Any) -> Card:
     own = _own(metadata)
-    text = {k: own[k] for k in ("name", "category", "family") if isinstance(own.get(k), str)}
+    text = {k: shown(own[k]) for k in ("name", "category", "family") if isinstance(own.get(k), str) and own[k]}
     triggers = own.get("triggers") if isinstance(own.get("triggers"), list) else []
-    triggers = [t for t in triggers if isinstance(t, str)]
+    triggers = [shown(t) for t in triggers[:_MOST_TRIGGERS] if isinstance(t, str)]
     family = (base.family if base else "") or text.get("family", "") or family_of(lora)
-    provenance = {**lora.card.provenance, "file": path.name}
-    own_name = name or text.get("name") or (path.stem if path.is_file() else path.name)
+    provenance = {**lora.card.provenance, "file": shown(path.name)}
+    own_name = name or text.get("name") or shown(path.stem if path.is_file() else path.name)
     return Card(own_name, text.get("category", ""), tuple(triggers), family, digest, provenance)
 
 
@@ -126,6 +142,7 @@ def read(
     source: str = "state dict",
     component: str = "",
     allow_partial: bool = False,
+    limits: Limits = LOCAL,
 ) -> Lora:
     """The Lora in a state dict of any known format; pure. Tensors are shared with it where nothing had to be scaled.
 
@@ -134,7 +151,7 @@ def read(
     base      as in load
     source    what errors call the state dict
     component  put before every path, for formats that hold one component and do not name it
-    allow_partial  as in load
+    allow_partial, limits  as in load
 
     Raises ValueError naming source and key or field.
     """
@@ -142,6 +159,7 @@ def read(
     metadata = metadata or {}
     scales, found = Scales(metadata, config, source), Found()
     layers, left = _layers(tensors, source, allow_partial)
+    growth_within(layers, limits, source=source)
     where = {}
     for layer in layers:
         path = f"{component}.{layer.removeprefix('base_model.model.')}" if component else layer
@@ -184,6 +202,8 @@ def read(
             raise ValueError(f"{source}: nothing in it fits, all {len(left)} keys would be left out: {_names(left)}")
         warnings.warn(f"{source}: {len(left)} keys left out (allow_partial): {_names(left)}", stacklevel=2)
         lora = lora.replace(card=lora.card.replace(provenance={**provenance, "left_out": left}))
+    if notes := within(lora, limits, source=source):
+        lora = lora.replace(card=lora.card.replace(provenance={**lora.card.provenance, "notes": notes}))
     return lora
 
 
@@ -203,9 +223,8 @@ def _layers(
             dtype = getattr(tensor, "dtype", type(tensor).__name__)
             if not (role == "alpha" and isinstance(tensor, Tensor) and not tensor.dtype.is_complex):
                 raise ValueError(f"{source}: key {key} is {dtype}, wanted float16, bfloat16, float32 or float64")
-        broken = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if broken:
-            raise ValueError(f"{source}: key {key} has {broken} values that are NaN or infinite, of {tensor.numel()}")
+        if wrong := broken(tensor):
+            raise ValueError(f"{source}: key {key} has {wrong} values that are NaN or infinite, of {tensor.numel()}")
         if role in layers.setdefault(layer, {}):
             raise ValueError(f"{source}: keys {layers[layer][role][0]} and {key} are the same tensor in two spellings")
         layers[layer][role] = (key, tensor)

@@ -17,7 +17,7 @@ from torch import Tensor
 from multilora.lora import Dense, Lora, LowRank
 
 # Typographic twins: harmless in HTML, in an attribute, in a shell and in a table, and still readable.
-_TWINS = str.maketrans({"<": "‹", ">": "›", '"': "”", "'": "’", "`": "‘", "\\": "＼"})
+_TWINS = str.maketrans({"<": "‹", ">": "›", '"': "”", "`": "‘", "\\": "＼"})
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Limits:
     json_depth      of nested objects and lists in those
     rank            of a low-rank update; servers of LoRAs stop at 512, extracted ones go to 1,024. A rank above the
                     layer's own is read with a note
-    scale           |alpha / rank| (with rsLoRA |alpha / sqrt(rank)|); usual values are 0.1 to 4, alphas that were
-                    forgotten at 128 on rank 1 occur
     value           largest |value| of a stored factor or difference: the largest float16, beyond which a model in half
                     precision gets infinities
     norm            Frobenius norm of one module's update; the weights themselves have norms of 10 to 200
     expanded        values of one module's whole difference, where a small file (LoHa, LoKr) becomes a large one;
                     FLUX.1's widest layer has 66 million
     expanded_total  the same, of all modules of a file; FLUX.1 as a whole has 12 billion
+
+    The scale alpha / rank has a bound of its own, multilora.scales.SCALE_CAP, the same for all files.
     """
 
     file_bytes: int = 2**31
@@ -54,7 +54,6 @@ class Limits:
     text_bytes: int = 10**6
     json_depth: int = 8
     rank: int = 1024
-    scale: float = 1000.0
     value: float = 65504.0
     norm: float = 1000.0
     expanded: int = 2**27
@@ -106,14 +105,6 @@ def broken(tensor: Tensor) -> int:
 def _largest(tensor: Tensor) -> float:
     low, high = torch.aminmax(tensor)
     return max(-float(low), float(high))
-
-
-def scale_within(alpha: float, rank: int, rslora: bool, limits: Limits) -> None:
-    """Raise ValueError, without the file's name, when the scale that alpha means is out of bounds."""
-    scale = alpha / (math.sqrt(rank) if rslora else rank)
-    if not abs(scale) <= limits.scale:
-        over = "sqrt(rank)" if rslora else "rank"
-        raise ValueError(f"alpha {alpha:g} at rank {rank}: |alpha / {over}| above the limit scale={limits.scale:g}")
 
 
 def _expanded(got: Mapping[str, tuple[str, Tensor]]) -> int:

@@ -6,7 +6,6 @@ kind of adapter.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -15,7 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from multilora.limits import shown
 from multilora.lora import COMPONENTS
+from multilora.reading import parse_json
 
 # Fields of a PEFT configuration that change what the weights mean; set, they make the adapter another kind.
 _OTHER_PEFT = {
@@ -42,10 +43,8 @@ class Scales:
         if config is not None:
             self.sections[""] = self._checked(dict(config), "adapter_config.json")
         elif "lora_adapter_metadata" in metadata:
-            try:
-                fields = json.loads(metadata["lora_adapter_metadata"])
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{source}: metadata lora_adapter_metadata is no JSON ({error})") from None
+            text = metadata["lora_adapter_metadata"]
+            fields = parse_json(text, where=f"{source}: metadata lora_adapter_metadata")
             if not isinstance(fields, dict):
                 raise ValueError(f"{source}: metadata lora_adapter_metadata holds a {type(fields).__name__}")
             for component in COMPONENTS:
@@ -58,37 +57,46 @@ class Scales:
     def _checked(self, fields: dict[str, Any], where: str) -> dict[str, Any]:
         kind = str(fields.get("peft_type", "LORA")).rpartition(".")[2]
         if kind not in KINDS:
-            raise ValueError(f"{self.source}: {where} says peft_type={kind}, read here are {', '.join(KINDS)}")
+            raise ValueError(f"{self.source}: {where} says peft_type={shown(kind)}, read here are {', '.join(KINDS)}")
         for name, other in _OTHER_PEFT.items():
             if fields.get(name):
                 raise ValueError(f"{self.source}: {where} sets {name}: this is {other}, which is not read here")
         start = fields.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
             raise ValueError(
-                f"{self.source}: {where} says init_lora_weights={start[:40]!r}, which changes the base itself when "
-                "the adapter is put in, so its tensors alone are not the update; convert it to a plain LoRA first "
+                f"{self.source}: {where} says init_lora_weights={shown(repr(start), 40)}, which changes the base "
+                "itself when the adapter is put in, so its tensors alone are no update; convert it to a plain LoRA first "
                 "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
             )
-        for name in ("rank_pattern", "alpha_pattern"):
+        tables: dict[str, dict[str, tuple[int, Any]]] = {"rank_pattern": {}, "alpha_pattern": {}}
+        for name in tables:
             patterns = fields.get(name) or {}
             if not isinstance(patterns, dict):
                 raise ValueError(f"{self.source}: {where}, {name} holds a {type(patterns).__name__}, wanted an object")
-            for pattern in patterns:
+            for place, pattern in enumerate(patterns):
                 # Never compiled as a regular expression: a file could hang the reader with one.
                 if not re.fullmatch(r"\^?[A-Za-z0-9_.\\]+", pattern):
-                    raise ValueError(f"{self.source}: {where}, {name} {pattern!r}: only plain module paths are read")
-        return {**fields, "where": where, "kind": kind}
+                    found = f"{name} {shown(pattern)}"
+                    raise ValueError(f"{self.source}: {where}, {found}: only plain module paths are read")
+                # By plain text, so that a file with as many patterns as modules is no quadratic search.
+                tables[name].setdefault(pattern.replace("\\", ""), (place, patterns[pattern]))
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(fields.get(name) or False, bool):
+                found = f"{name} is {shown(repr(fields[name]), 40)}"
+                raise ValueError(f"{self.source}: {where}, {found}, wanted true or false")
+        return {**fields, **tables, "where": where, "kind": kind}
 
     def _number(self, fields: Mapping[str, Any], name: str, path: str) -> float | None:
         alpha = "lora_alpha" if fields["kind"] == "LORA" else "alpha"
         value = fields.get("r" if name == "rank_pattern" else alpha)
-        for pattern, own in (fields.get(name) or {}).items():
-            plain = pattern.replace("\\", "")
-            if path == plain.removeprefix("^") or (not plain.startswith("^") and path.endswith("." + plain)):
-                value = own
-                break
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{self.source}: {fields['where']}, {name} of {path} is {value!r}, wanted a number")
+        ends = [f"^{path}", path, *(path[i + 1 :] for i, c in enumerate(path) if c == ".")]
+        matches = [fields[name][end] for end in ends if end in fields[name]]
+        if matches:
+            value = min(matches)[1]  # the first in the file, as in PEFT
+        number = isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+        if value is not None and not number:
+            found = shown(repr(value), 40)
+            raise ValueError(f"{self.source}: {fields['where']}, {name} of {path} is {found}, wanted a number")
         return value
 
     def _section(self, layer: str) -> tuple[Mapping[str, Any] | None, str]:
