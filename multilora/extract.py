@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     vectors: bool = False,
+    embeddings: bool = True,
     only: Sequence[str] = (),
     name: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -48,6 +50,7 @@ def extract(
     energy       the share of each module's squared change that must stay, above 0 and at most 1; the smallest rank
                  that was found to hold it is taken. With both, `rank` is the limit
     vectors      also the changes of biases and norms, whole (the kohya format can hold them)
+    embeddings   also the changes of tables of vectors (only the peft format can hold them)
     only         globs of modules, such as "*attn*"; all others are left out
     name         of the card, default the tuned checkpoint's
     progress     called with (key, modules done, modules in all)
@@ -58,33 +61,41 @@ def extract(
     """
     _check(rank, energy)
     with ModelFiles(tuned) as new, ModelFiles(base) as old:
-        return _extracted(new, old, rank, energy, vectors, only, name, progress)
+        return _extracted(new, old, _Wanted(rank, energy, vectors, embeddings, tuple(only)), name, progress)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    rank: int | None
+    energy: float | None
+    vectors: bool
+    embeddings: bool
+    only: tuple[str, ...]
+
+    def takes(self, layer: str) -> bool:
+        return not self.only or any(fnmatchcase(layer, glob) for glob in self.only)
 
 
 def _extracted(
     new: ModelFiles,
     old: ModelFiles,
-    rank: int | None,
-    energy: float | None,
-    vectors: bool,
-    only: Sequence[str],
+    wanted: _Wanted,
     name: str | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> Lora:
     left: dict[str, Any] = {n: "only in the tuned checkpoint" for n in new.entries if n not in old.entries}
     left |= {n: "only in the base" for n in old.entries if n not in new.entries}
     both = _shared(new, old)
-    for glob in only:
+    for glob in wanted.only:
         if not any(fnmatchcase(_layer(n), glob) for n in both):
             raise unknown("module or glob", glob, {_layer(n) for n in both})
     parts: dict[str, LowRank | Dense] = {}
     kept: dict[str, dict[str, Any]] = {}
     for done, n in enumerate(both, 1):
         layer = _layer(n)
-        if not only or any(fnmatchcase(layer, glob) for glob in only):
-            change = _change(new, old, n)
-            if change is not None:
-                _take(parts, kept, left, n, change, new.fused.get(n), rank, energy, vectors)
+        change = _change(new, old, n) if wanted.takes(layer) else None
+        if change is not None:
+            _take(parts, kept, left, n, change, new.fused.get(n), wanted)
         if progress:
             progress(layer, done, len(both))
     if not parts:
@@ -92,7 +103,7 @@ def _extracted(
     total = math.fsum(k["norm"] ** 2 for k in kept.values())
     held = math.fsum(k["norm"] ** 2 * k["energy_kept"] for k in kept.values())
     inputs = {side: {"name": c.name, "sha256": c.sha256()} for side, c in (("tuned", new), ("base", old))}
-    said = {"method": "extract", "rank": rank, "energy": energy, **inputs}
+    said = {"method": "extract", "rank": wanted.rank, "energy": wanted.energy, **inputs}
     facts = {"merge": said, "energy_kept": held / total if total else 1.0, "modules": kept, "left_out": left}
     lora = Lora(parts, Card(name or new.name, provenance=facts))
     return lora.replace(card=lora.card.replace(family=family_of(lora)))
@@ -146,22 +157,21 @@ def _take(
     name: str,
     change: Tensor,
     fused: tuple[str, ...] | None,
-    rank: int | None,
-    energy: float | None,
-    vectors: bool,
+    wanted: _Wanted,
 ) -> None:
     """Put the change of one tensor into `parts`, or its norm into `left`."""
     layer, whole = _layer(name), math.sqrt(energy_of(change))
-    if name.endswith(".weight") and change.ndim > 1:
+    table = change.ndim == 2 and is_embedding(layer)
+    if name.endswith(".weight") and change.ndim > 1 and (wanted.embeddings or not table):
         for key, rows in zip(fused or (layer,), _rows(change, fused), strict=True):
             norm = math.sqrt(energy_of(rows))
             if not norm:
                 continue
-            part, lost = _cut(rows, "conv" if rows.ndim > 2 else _kind(key), rank, energy)
+            part, lost = _cut(rows, "embedding" if table else "conv" if rows.ndim > 2 else "linear", wanted)
             bias = parts[key].bias if key in parts else None
             parts[key] = LowRank(part.down, part.up, bias, part.kind)
             kept[key] = {"rank": part.rank, "energy_kept": 1.0 - lost / norm**2, "norm": norm}
-    elif vectors and name.endswith((".weight", ".bias")) and change.ndim == 1 and not fused:
+    elif wanted.vectors and name.endswith((".weight", ".bias")) and change.ndim == 1 and not fused:
         parts[layer] = _with_vector(parts.get(layer), change, name.endswith(".bias"))
     else:
         left[name] = whole
@@ -178,12 +188,9 @@ def _rows(change: Tensor, fused: tuple[str, ...] | None) -> list[Tensor]:
     return [part.contiguous() for part in change.split(sizes)]
 
 
-def _kind(key: str) -> str:
-    return "embedding" if is_embedding(key) else "linear"
-
-
-def _cut(change: Tensor, kind: str, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
+def _cut(change: Tensor, kind: str, wanted: _Wanted) -> tuple[LowRank, float]:
     """(the update, squared norm of what it leaves out); `change` is used up."""
+    rank, energy = wanted.rank, wanted.energy
     side = min(change.shape if kind == "embedding" else change.flatten(1).shape)
     limit = min(rank or side, side)
     most = min(limit + _MARGIN, side)

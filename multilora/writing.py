@@ -25,7 +25,7 @@ from multilora.lora import COMPONENTS, Dense, Lora, LowRank
 from multilora.method import unknown
 
 FORMATS = ("diffusers", "kohya", "peft")
-_DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
            "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}  # fmt: skip
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Of a card's provenance, what goes into a file: how it was made, from what.
@@ -168,6 +168,8 @@ def _texts(lora: Lora, metadata: Mapping[str, Any] | None, **more: Any) -> dict[
     own |= {"family": card.family, **more}
     recipe = {n: card.provenance[n] for n in _RECIPE if card.provenance.get(n) is not None}
     if recipe:
+        made = recipe.get("merge", {})  # numbers of every module would make a header of megabytes
+        recipe |= {"merge": {n: v for n, v in made.items() if not n.endswith("_by_module")}} if made else {}
         own |= {**recipe, "library": f"multilora {__version__}"}
     texts = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
     for name in ("lora_adapter_metadata", "format"):
@@ -232,6 +234,7 @@ def save(
     dtype: torch.dtype | str | None = None,
     metadata: Mapping[str, Any] | None = None,
     base: Any = None,
+    card: str | None = None,
 ) -> Path:
     """Write a Lora; the path that was written comes back.
 
@@ -239,58 +242,85 @@ def save(
     dtype     float32, float16 or bfloat16 (or its name); None keeps what the tensors have
     metadata  header entries, e.g. {"recipe": {...}}; values that are no text become JSON
     base      for "peft": the model whose real paths are written (text encoders differ between versions)
+    card      Markdown (multilora.modelcard.model_card), written as <name>.md beside the file, README.md in a folder
 
-    A file appears complete or not at all, and never over a file that the Lora was read from. Raises ValueError naming
-    the key when the format cannot hold a part or a value does not fit the dtype; OSError when the disk does.
+    The header holds the Lora's card with its recipe: method, options, inputs with their hashes. Equal Loras give equal
+    bytes. A file appears complete or not at all, so does a new folder, and never over a file that the Lora was read
+    from. Raises ValueError naming the key when the format cannot hold a part or a value does not fit the dtype;
+    OSError when the disk does.
     """
     path = Path(path).expanduser()
-    tensors = state(lora, format)
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise unknown("dtype of a LoRA file", dtype, _DTYPES)
-        dtype = _DTYPES[dtype]
-    if dtype not in (None, *_DTYPES.values()):
-        raise ValueError(f"dtype {dtype}: a LoRA file is written in float32, float16 or bfloat16")
-    if format == "peft":
-        return _save_peft(lora, path, dtype, metadata, base)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name}: a {format} file is named *.safetensors")
-    _not_an_input(lora, path)
-    data = _packed(tensors, _texts(lora, metadata), dtype, path.name)
+    ready = rendered(lora, path, format=format, dtype=dtype, metadata=metadata, base=base, card=card)
+    return put(lora, path, ready)
+
+
+def put(lora: Lora, path: Path, ready: Mapping[Path, list[Any]]) -> Path:
+    """Write what `rendered` made of a Lora for `path`; as save promises."""
+    for file in ready:
+        _not_an_input(lora, file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, data)
+    if path in ready:
+        for file, data in ready.items():
+            _write(file, data)
+    else:
+        _write_folder(path, ready)
     return path
 
 
-def _save_peft(lora: Lora, path: Path, dtype: torch.dtype | None, metadata: Any, base: Any) -> Path:
+def rendered(
+    lora: Lora,
+    path: Path,
+    *,
+    format: str = "diffusers",
+    dtype: torch.dtype | str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    base: Any = None,
+    card: str | None = None,
+) -> dict[Path, list[Any]]:
+    """The files that `save` would write: path -> their bytes, in pieces. Nothing is written; arguments as of save."""
+    tensors = state(lora, format)
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise unknown("dtype of a LoRA file", dtype, DTYPES)
+        dtype = DTYPES[dtype]
+    if dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype {dtype}: a LoRA file is written in float32, float16 or bfloat16")
+    if format == "peft":
+        ready = _rendered_peft(lora, path, dtype, metadata, base)
+        return ready if card is None else {**ready, path / "README.md": [card.encode()]}
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name}: a {format} file is named *.safetensors")
+    ready = {path: _packed(tensors, _texts(lora, metadata), dtype, path.name)}
+    return ready if card is None else {**ready, path.with_suffix(".md"): [card.encode()]}
+
+
+def _rendered_peft(
+    lora: Lora, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, Any] | None, base: Any
+) -> dict[Path, list[Any]]:
     if path.suffix == ".safetensors":
         raise ValueError(f"{path.name}: the peft format is a folder, give a name without .safetensors")
     real = {} if base is None else base_of(base).paths
-    ready = []
+    ready: dict[Path, list[Any]] = {}
     for component in lora.components:
         prefix = component + "." if component else ""
         own = {k: p for k, p in lora.items() if k.startswith(prefix) and (component or _bare(k))}
         parts = {real.get(k, k[len(prefix) :]): p for k, p in own.items()}
         folder = path / component if len(lora.components) > 1 and component else path
-        _not_an_input(lora, folder / "adapter_model.safetensors")
         texts = _texts(lora, metadata, component=component)
-        data = _packed(_peft(Lora(parts)), texts, dtype, folder.name)
-        ready.append((folder, data, json.dumps(_peft_config(parts), indent=2).encode()))
-    _write_folders(path, ready)
-    return path
+        ready[folder / "adapter_model.safetensors"] = _packed(_peft(Lora(parts)), texts, dtype, folder.name)
+        ready[folder / "adapter_config.json"] = [json.dumps(_peft_config(parts), indent=2).encode()]
+    return ready
 
 
-def _write_folders(path: Path, ready: list[tuple[Path, Any, bytes]]) -> None:
-    """The PEFT folder `path`; a new one appears complete or not at all, in one that exists each file does."""
+def _write_folder(path: Path, ready: Mapping[Path, list[Any]]) -> None:
+    """The files of the folder `path`; a new one appears complete or not at all, in one that exists each file does."""
     fresh = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) if fresh else path
     try:
-        for folder, data, config in ready:
-            folder = beside / folder.relative_to(path)
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / "adapter_model.safetensors", data)
-            _write(folder / "adapter_config.json", config)
+        for file, data in ready.items():
+            target = beside / file.relative_to(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(target, data)
         if fresh:
             os.chmod(beside, 0o755)
             os.replace(beside, path)

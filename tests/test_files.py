@@ -71,7 +71,7 @@ def test_a_saved_lora_comes_back_bit_for_bit_with_and_without_its_base(pipes, fa
 def test_dtype_casts_and_what_overflows_is_refused(sd15, dtype, tmp_path):
     lora = tiny.lora_for(sd15)
     back = files.load(files.save(lora, tmp_path / "a.safetensors", dtype=dtype))
-    stored = writing._DTYPES.get(dtype, dtype)
+    stored = writing.DTYPES.get(dtype, dtype)
     assert {p.up.dtype for p in back.values()} == {stored}
     same(back, lora.to(stored))
     if dtype == "fp16":
