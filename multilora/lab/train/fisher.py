@@ -7,9 +7,9 @@
     estimate(base, lora, data, *, estimator, examples, out, resume, weight, modules, draws, topk, positions, batch,
              prompts, pictures, steps, size, length, tokenizer, seed, dtype, checkpoint_every, echo, progress, cancel)
 
-Never over a LoRA's factors: those depend on how its update is factorised. The LoRA is in place, at its weight, and F is
-E (d log p / d W) ** 2 at W + weight * delta. What p is, and the estimators: multilora.lab.train.observed. How squares
-are taken per example: multilora.lab.train.squares. Normalising and floors are the merge's business.
+Never over a LoRA's factors: those depend on how its update is factorised. The LoRA is in place, at its weight, and F
+is E (d log p / d W) ** 2 at W + weight * delta. What p is, and the estimators: multilora.lab.train.observed. How
+squares are taken per example: multilora.lab.train.squares. Normalising and floors are the merge's business.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from multilora import files
 from multilora.attach import attached
-from multilora.bases import Base, base_of, family_of_model
+from multilora.bases import Base, base_of, component_of, family_of_model
 from multilora.fishers import Fisher, save_fisher
 from multilora.lab.train import adapt
 from multilora.lab.train.cache import Latents, Store, latents_of
@@ -112,8 +112,9 @@ def estimate(
     out = None if out is None else Path(out).expanduser()
     if out is not None and out.suffix != ".safetensors":
         raise ValueError(f"out={str(out)!r}: a Fisher is a .safetensors file")
-    base_name = str(base) if isinstance(base, (str, Path)) else getattr(base, "name_or_path", "") or type(base).__name__
+    base_name = getattr(base, "name_or_path", "") or type(base).__name__
     if isinstance(base, (str, Path)):
+        base_name = str(base)
         base, tokenizer = _loaded(str(base), tokenizer)
     known = base_of(base)
     if isinstance(lora, (str, Path)):
@@ -137,10 +138,9 @@ def estimate(
             inputs, settings["data"] = read_examples(data, tokenizer, length)
             source: Any = Answered(base, inputs, estimator, draws, topk, positions, seed, length)
         else:
-            store, settings["data"] = _pictures(
-                base, family, data, prompts or (lora.card.triggers if lora is not None else ()) or ("",),
-                pictures, steps, size, seed, any(t.path.startswith("text_encoder") for t in taps), say,
-            )  # fmt: skip
+            trained = any(n.startswith("text_encoder") for n in settings["modules"])
+            own = prompts or (lora.card.triggers if lora is not None else ()) or ("",)
+            store, settings["data"] = _pictures(base, family, data, own, pictures, steps, size, seed, trained, say)
             source = Denoised(base, family, store, estimator, draws, seed)
         squares = Squares(taps, loose, DTYPES[dtype])
         run = _Run(squares, source, settings, out, examples, batch, checkpoint_every, progress, cancel, say)
@@ -269,12 +269,12 @@ def _in_place(base: Any, lora: Lora | None, weight: float) -> Iterator[None]:
         try:
             for model in parts.values():
                 model.requires_grad_(False).eval()
-            for component in lora.components if lora is not None else ():
-                model = parts.get(component if component in parts else "")
+            own = [component_of(base)] if "" in parts else lora.components if lora is not None else ()
+            for component in own if lora is not None else ():
+                model = parts.get("" if "" in parts else component)
                 if model is None:
                     raise ValueError(f"the LoRA has modules of {component or 'a bare model'}, the base has none of it")
-                optional = list(lora.part(component))
-                bank = stack.enter_context(attached(model, [lora], component=component or None, optional=optional))
+                bank = stack.enter_context(attached(model, [lora], component=component or None))
                 bank.row = [float(weight)]
             yield
         finally:
