@@ -89,7 +89,7 @@ def _load_folder(
             wanted = f"{PEFT_CONFIG} is missing; or give a .safetensors file{which}"
             raise ValueError(f"{source}: no PEFT folder, {wanted}")
         loras = [_load_folder(path / c, base, name or source, options, root, c) for c in parts]
-        return Lora({k: p for lora in loras for k, p in lora.items()}, loras[0].card)
+        return Lora({k: p for lora in loras for k, p in lora.items()}, _shared_card([lora.card for lora in loras]))
     where = f"{source}/{PEFT_CONFIG}"
     config = read_json(located(path / PEFT_CONFIG), limits, root=root, where=where)
     if not isinstance(config, dict):
@@ -105,6 +105,15 @@ def _load_folder(
     component = component if component in COMPONENTS else ""
     lora = read(tensors, metadata, config, base=base, source=source, component=component, **options)
     return lora.replace(card=_card(lora, metadata, digest, path, name, base))
+
+
+def _shared_card(cards: list[Card]) -> Card:
+    """The card of a folder of several components: the first one's, with what was met in any of them."""
+    met = {}
+    for name in ("algorithms", "alphas", "left_out", "notes"):
+        values = list(dict.fromkeys(v for card in cards for v in card.provenance.get(name, ())))
+        met |= {name: sorted(values) if name in ("algorithms", "alphas") else values} if values else {}
+    return cards[0].replace(provenance={**cards[0].provenance, **met})
 
 
 def _own(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -151,8 +151,8 @@ def lokr(got: Mapping[str, Tensor]) -> tuple[LowRank | Dense, int | None]:
         one, two = left1 @ right1, (left2 @ right2.flatten(1)).reshape(left2.shape[0], *right2.shape[1:])
         kind = "conv" if kernel else "linear"
         return Dense(torch.kron(one.reshape(*one.shape, *spread), two).to(dtype), None, kind), rank
-    up = torch.kron(left1, left2)
-    down = torch.kron(right1.reshape(*right1.shape, *spread), right2.contiguous())
+    up = torch.kron(left1.contiguous(), left2.contiguous())  # torch.kron refuses other strides
+    down = torch.kron(right1.reshape(*right1.shape, *spread).contiguous(), right2.contiguous())
     return small_or_dense(down, up, dtype), rank
 
 
