@@ -38,7 +38,8 @@ def factor(
 
     pem      u = w, d = |w|: negation turns one factor's sign, addition is quadratic in the weights
     lorahub  u = w, d = w: quadratic, and w and -w are the same
-    peft     u = sign(w) sqrt|w|, d = sqrt|w|: one LoRA at w is itself at w (add_weighted_adapter "linear")
+    peft     u = sqrt|w|, d = sign(w) sqrt|w|: one LoRA at w is itself at w (add_weighted_adapter "linear"). The sign
+             is on the other factor than PEM's, which matters to the cross terms
 
     A LoRA's scale s = alpha / rank is folded into its `up` when it is read, so cross terms are s_i B_i A_j. PEM and
     LoRAHub keep A and B as they are and run the result under the first adapter's scale: that is this when all scales
@@ -80,7 +81,7 @@ def _split(w: float, convention: str) -> tuple[float, float]:
     """(on up, on down)"""
     if convention == "peft":
         root = math.sqrt(abs(w))
-        return math.copysign(root, w), root
+        return root, math.copysign(root, w)
     return w, w if convention == "lorahub" else abs(w)
 
 
