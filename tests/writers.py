@@ -319,16 +319,16 @@ def locon(family, folder, **more):
     return _lycoris(family, folder, "locon", use_tucker=True, **more)
 
 
-def loha(family, folder):
-    return _lycoris(family, folder, "loha")
+def loha(family, folder, **more):
+    return _lycoris(family, folder, "loha", **more)
 
 
-def loha_tucker(family, folder):
-    return _lycoris(family, folder, "loha", use_tucker=True)
+def loha_tucker(family, folder, **more):
+    return _lycoris(family, folder, "loha", use_tucker=True, **more)
 
 
-def lokr(family, folder):
-    return _lycoris(family, folder, "lokr", factor=2)
+def lokr(family, folder, **more):
+    return _lycoris(family, folder, "lokr", factor=2, **more)
 
 
 def lokr_both(family, folder):
