@@ -69,7 +69,7 @@ def merge_checkpoints(
         _check_out(out, [m for m in (*models, base, *(fishers or ())) if isinstance(m, (str, Path))])
         given = [1.0] * len(opened) if weights is None else list(weights)
         consents(given, len(opened), "merge_checkpoints", "models")
-        known = None if fishers is None else _fishers(fishers, len(opened))
+        known = None if fishers is None else _fishers(fishers, len(opened), files)
         outside = _head(opened[0], head)
         for i, model in enumerate(opened[1:], 2):
             _same_names(opened[0], model, i, outside)
@@ -130,10 +130,10 @@ def _name(model: Mapping[str, Tensor], number: int) -> str:
     return model.path.name if isinstance(model, Stored) else f"model number {number}"
 
 
-def _fishers(fishers: Sequence[Any], count: int) -> list[Fisher]:
+def _fishers(fishers: Sequence[Any], count: int, files: contextlib.ExitStack) -> list[Fisher]:
     if len(fishers) != count:
         raise ValueError(f"merge_checkpoints: {len(fishers)} Fishers for {count} models, wanted one each")
-    return [checked_fisher(f, f"merge_checkpoints: Fisher number {i}") for i, f in enumerate(fishers, 1)]
+    return [checked_fisher(f, f"merge_checkpoints: Fisher number {i}", files) for i, f in enumerate(fishers, 1)]
 
 
 def _head(target: Mapping[str, Tensor], head: Sequence[str]) -> set[str]:

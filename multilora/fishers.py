@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ class Fisher(Mapping):
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
+    def close(self) -> None:
+        """Let go of the file, if there is one."""
+        if isinstance(self.tensors, Stored):
+            self.tensors.close()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header where there is a file."""
         return self.tensors.layout[name][1] if isinstance(self.tensors, Stored) else tuple(self.tensors[name].shape)
@@ -92,12 +98,17 @@ def load_fisher(path: str | Path) -> Fisher:
     return Fisher(stored, about, Path(path).name)
 
 
-def checked_fisher(given: Any, who: str) -> Fisher:
-    """A Fisher from a path, a mapping or a Fisher; ValueError, beginning with `who`, for anything else."""
+def checked_fisher(given: Any, who: str, files: ExitStack) -> Fisher:
+    """A Fisher from a path, a mapping or a Fisher; ValueError, beginning with `who`, for anything else.
+
+    A file that is opened here is closed with `files`.
+    """
     if isinstance(given, Fisher):
         return given
     if isinstance(given, (str, Path)):
-        return load_fisher(given)
+        fisher = load_fisher(given)
+        files.callback(fisher.close)
+        return fisher
     if isinstance(given, Mapping) and given:
         return Fisher(dict(given))
     raise ValueError(f"{who}: wanted a Fisher file or a mapping {{parameter name: tensor}}, got {given!r:.60}")

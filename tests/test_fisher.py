@@ -586,6 +586,21 @@ def test_bad_settings(settings, message):
     assert not model.first._forward_hooks
 
 
+@pytest.mark.parametrize("form", [torch.float32, torch.bfloat16])
+def test_all_parameters_with_a_lora_in_place(form):
+    """The loose way and the hooks agree, whether the LoRA is in the weights (float32) or runs beside them."""
+    model, x = tiny.seeded(Small(), 1).to(form), random(4, 6, seed=2).to(form)
+    lora = Lora({"first": LowRank(random(2, 6, seed=3), random(5, 2, seed=4))})
+    taps = estimate(model, lora, x, examples=4, estimator="exact")
+    loose = estimate(model, lora, x, examples=4, estimator="exact", modules="all")
+    assert set(loose) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    tolerance = 1e-5 if form == torch.float32 else 2e-2
+    assert relative(taps["first.weight"], loose["first.weight"]) < tolerance
+    plain = estimate(model, None, x, examples=4, estimator="exact")
+    assert relative(plain["first.weight"], loose["first.weight"]) > 10 * tolerance
+    assert taps["first.weight"].dtype == torch.float32
+
+
 def test_biases_and_embeddings_of_a_lora():
     class Words(nn.Module):
         def __init__(self):

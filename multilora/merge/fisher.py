@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,34 +52,35 @@ def fisher(
     weight.
     """
     loras = list(loras)
-    known = _fishers(loras, fishers)
-    weights_at = weights_of(loras, weights, name="fisher")
-    names = {key: _names(key, loras, known) for key in dict.fromkeys(key for lora in loras for key in lora)}
-    for key in names:
-        if any(weights_at(key)):  # all of them 0 leaves the module out
-            consents(weights_at(key), len(loras), f"fisher: {key}", "LoRAs")
-    norms = None
-    if normalize:
-        used = [[n for row in names.values() for n in row[m] if n is not None] for m in range(len(loras))]
-        norms = [norm_over(f, entries) for f, entries in zip(known, used, strict=True)]
+    with ExitStack() as files:
+        known = _fishers(loras, fishers, files)
+        names = {key: _names(key, loras, known) for key in dict.fromkeys(key for lora in loras for key in lora)}
+        weights_at = weights_of(loras, weights, name="fisher")
+        for key in names:
+            if any(weights_at(key)):  # all of them 0 leaves the module out
+                consents(weights_at(key), len(loras), f"fisher: {key}", "LoRAs")
+        norms = None
+        if normalize:
+            used = [[n for row in names.values() for n in row[m] if n is not None] for m in range(len(loras))]
+            norms = [norm_over(f, entries) for f, entries in zip(known, used, strict=True)]
 
-    def combine(key: str, deltas: list[Tensor], row: list[float]) -> Tensor:
-        module, bias = (key, False) if key in names else (key.removesuffix(".bias"), True)
-        found: list[Tensor | None] = []
-        for m, delta in enumerate(deltas):
-            name = names[module][m][bias]
-            found.append(None if name is None else _fitting(known[m][name], delta, name))
-        return fisher_mean(deltas, found, row, norms=norms, floor=floor, favor_target=favor_target)
+        def combine(key: str, deltas: list[Tensor], row: list[float]) -> Tensor:
+            module, bias = (key, False) if key in names else (key.removesuffix(".bias"), True)
+            found: list[Tensor | None] = []
+            for m, delta in enumerate(deltas):
+                name = names[module][m][bias]
+                found.append(None if name is None else _fitting(known[m][name], delta, name))
+            return fisher_mean(deltas, found, row, norms=norms, floor=floor, favor_target=favor_target)
 
-    facts = {"normalize": normalize, "floor": floor, "favor_target": favor_target}
-    facts["fishers"] = [{"name": f.name, **{k: f.about[k] for k in _KEPT if k in f.about}} for f in known]
-    return elementwise(loras, weights, combine, name="fisher", rank=rank, dense=dense, options=facts)
-
-
-_KEPT = ("estimator", "examples", "lora", "lora_sha256")
+        facts = {"normalize": normalize, "floor": floor, "favor_target": favor_target}
+        facts["fishers"] = [{"name": f.name, **{k: f.about[k] for k in _KEPT if k in f.about}} for f in known]
+        return elementwise(loras, weights, combine, name="fisher", rank=rank, dense=dense, options=facts)
 
 
-def _fishers(loras: Sequence[Lora], fishers: Any) -> list[Fisher]:
+_KEPT = ("estimator", "examples", "base", "lora", "lora_sha256")  # of a Fisher's card, kept on the merge's
+
+
+def _fishers(loras: Sequence[Lora], fishers: Any, files: ExitStack) -> list[Fisher]:
     """One checked Fisher per LoRA."""
     if isinstance(fishers, (str, Path)):
         fishers = [text.strip() for text in str(fishers).split(",")]
@@ -93,7 +95,7 @@ def _fishers(loras: Sequence[Lora], fishers: Any) -> list[Fisher]:
                 f"fisher: {who} has no Fisher: {len(fishers)} given for {len(loras)} LoRAs; estimate one with "
                 "`multilora fisher` (without Fishers this method is the mean: use linear at weights that sum to 1)"
             )
-        fisher = checked_fisher(fishers[m], f"fisher: the Fisher of {who}")
+        fisher = checked_fisher(fishers[m], f"fisher: the Fisher of {who}", files)
         about, card = fisher.about, lora.card
         for what, theirs, ours in (
             ("LoRA", about.get("lora_sha256"), card.sha256),

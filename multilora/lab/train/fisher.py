@@ -84,8 +84,8 @@ def estimate(
                them, in `steps` steps, each noised anew for every example. Models: a .txt (a text a line) or .jsonl
                file ("text", and "target" for a seq2seq model), a list of texts, of such mappings or of mappings of
                input tensors, or one tensor [n, ...] of inputs
-    estimator  pipelines: "probe" (default: unbiased, no labels), "empirical" (half the squared error's gradient:
-               cheaper by nothing but the noise, biased). Models: "sampled" (default: answers drawn from the model),
+    estimator  pipelines: "probe" (default: unbiased, no labels), "empirical" (gradient of half the squared error: one
+               pass per example whatever `draws`, biased). Models: "sampled" (default: answers drawn from the model),
                "exact" (all classes), "topk" (the `topk` likeliest with their own probabilities), "probe" (Gaussian
                outputs)
     examples   how many noisy latents, or inputs; more than there are pictures or inputs go round, in a new order
