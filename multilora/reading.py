@@ -10,6 +10,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -117,7 +118,8 @@ def opened(path: Path, *, where: str, root: str | Path | None = None) -> tuple[B
         _regular(os.stat(path), where)
         handle = os.open(path, flags) if root is None else _open_below(_real(root), path, flags)
     except OSError as error:
-        raise ValueError(f"{where}: cannot be read ({error.strerror})") from None
+        link = "; no link is followed inside a library" if root is not None and error.errno == errno.ELOOP else ""
+        raise ValueError(f"{where}: cannot be read ({error.strerror}){link}") from None
     stream = os.fdopen(handle, "rb")
     try:
         status = os.fstat(handle)
