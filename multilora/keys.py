@@ -57,10 +57,10 @@ SUFFIXES = {
 }
 # Words in a key that mean another kind of adapter; a file with one of them is refused by its kind.
 OTHER_KINDS = {
+    "boft_": "BOFT",  # before OFT, whose names it contains
     "oft_blocks": "OFT",
     "oft_diag": "OFT",
     "oft_R": "OFT",
-    "boft_": "BOFT",
     "ia3_l": "IA3",
     ".on_input": "IA3",
     "vera_lambda": "VeRA",
@@ -156,6 +156,23 @@ NATIVE_TOP = {
     "y_embedder_mlp_2": ("time_text_embed.text_embedder.linear_2",),
     "final_layer_linear": ("proj_out", "all_final_layer.2-1.linear"),
     "final_layer_adaLN_modulation_1": ("norm_out.linear", "all_final_layer.2-1.adaLN_modulation.1"),
+}
+# What a name was taken for without a base -> what it is, where the other layers tell the family.
+FAMILY_NAMES = {
+    "flux": {
+        "transformer.img_in": "transformer.x_embedder",
+        "transformer.txt_in": "transformer.context_embedder",
+        "text_encoder_3.": "text_encoder_2.",  # sd-scripts calls T5 the third text encoder there too
+    },
+    "sd3": {
+        "transformer.t_embedder.mlp.0": "transformer.time_text_embed.timestep_embedder.linear_1",
+        "transformer.t_embedder.mlp.2": "transformer.time_text_embed.timestep_embedder.linear_2",
+    },
+    "zimage": {
+        "transformer.x_embedder": "transformer.all_x_embedder.2-1",
+        "transformer.proj_out": "transformer.all_final_layer.2-1.linear",
+        "transformer.norm_out.linear": "transformer.all_final_layer.2-1.adaLN_modulation.1",
+    },
 }
 # Their two halves, scale and shift, lie in the other order in diffusers: in FLUX and SD3, where they make 2 * width.
 _HALVES = re.compile(r"(?:final_layer|joint_blocks_\d+_context_block)_adaLN_modulation_1")
@@ -282,6 +299,14 @@ def native(name: str, known: Mapping[str, object] | None = None) -> tuple[str, .
             return tuple(f"transformer.{head}.{leaf}" for leaf in leaves)
     there = [f"transformer.{path}" for path in NATIVE_TOP.get(name, ())]
     return (next((path for path in there if path in (known or {})), there[0]),) if there else None
+
+
+def of_family(key: str, family: str) -> str:
+    """The canonical key of a layer that was located without a base, once the family is known."""
+    for start, real in FAMILY_NAMES.get(family, {}).items():
+        if key == start or (start.endswith(".") and key.startswith(start)):
+            return real + key[len(start) :]
+    return key
 
 
 def _denoiser(path: str) -> str:

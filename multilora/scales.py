@@ -65,8 +65,8 @@ class Scales:
         if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
             raise ValueError(
                 f"{self.source}: {where} says init_lora_weights={shown(repr(start), 40)}, which changes the base "
-                "itself when the adapter is put in, so its tensors alone are no update; convert it to a plain LoRA first "
-                "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+                "itself when the adapter is put in: its tensors alone are no update; convert it to a plain LoRA "
+                "first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
             )
         tables: dict[str, dict[str, tuple[int, Any]]] = {"rank_pattern": {}, "alpha_pattern": {}}
         for name in tables:
@@ -75,7 +75,7 @@ class Scales:
                 raise ValueError(f"{self.source}: {where}, {name} holds a {type(patterns).__name__}, wanted an object")
             for place, pattern in enumerate(patterns):
                 # Never compiled as a regular expression: a file could hang the reader with one.
-                if not re.fullmatch(r"\^?[A-Za-z0-9_.\\]+", pattern):
+                if not re.fullmatch(r"\^?[A-Za-z0-9_.\\-]+", pattern):
                     found = f"{name} {shown(pattern)}"
                     raise ValueError(f"{self.source}: {where}, {found}: only plain module paths are read")
                 # By plain text, so that a file with as many patterns as modules is no quadratic search.
