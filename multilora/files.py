@@ -190,8 +190,8 @@ def read(
                     part = part.reshaped(want)
             parts[target] = part
     family = family_of(Lora(parts)) if parts else ""
-    if family == "flux" and not against:  # sd-scripts calls its T5 the third text encoder there
-        parts = {k.replace("text_encoder_3.", "text_encoder_2.", 1): p for k, p in parts.items()}
+    if not against:
+        parts = {spelling.of_family(key, family): part for key, part in parts.items()}
     provenance = {
         "format": format_of(tensors, found.algorithms, peft=config is not None),
         "trainer": trainer_of(tensors, metadata, peft=config is not None),

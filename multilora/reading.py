@@ -267,7 +267,8 @@ def _whole(value: Any, count: int | None = None) -> bool:
 
 def _entry(key: str, entry: Any, where: str, limits: Limits) -> tuple[int, int, str, torch.dtype, list[int]]:
     """(begin, end, key, dtype, shape) of one tensor, checked on its own."""
-    if not re.fullmatch(r"[A-Za-z0-9_.]+", key) or len(key) > limits.key_chars:
+    # Z-Image names layers by patch sizes, "all_x_embedder.2-1": a hyphen between digits is one too.
+    if not re.fullmatch(r"(?:[A-Za-z0-9_.]|(?<=[0-9])-(?=[0-9]))+", key) or len(key) > limits.key_chars:
         wanted = f"wanted 1 to {limits.key_chars} letters, digits, dots and underscores (limit key_chars)"
         raise ValueError(f"{where}: key {shown(key)} has {len(key)} characters: {wanted}")
     if re.search(r"(^|\.)__\w*__(\.|$)", key):

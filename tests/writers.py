@@ -61,7 +61,7 @@ LAYERS = {
         "transformer": (*(f"{block}.attention.{n}" for block in ("layers.1", "context_refiner.0")
                           for n in ("to_q", "to_k", "to_v")),
                         "layers.1.attention.to_out.0", "layers.0.feed_forward.w2", "layers.0.adaLN_modulation.0",
-                        "noise_refiner.0.feed_forward.w1"),
+                        "noise_refiner.0.feed_forward.w1", "all_x_embedder.2-1", "all_final_layer.2-1.linear"),
     },
     "llama": {"": ("q_proj", "k_proj", "mlp.down_proj")},
 }  # fmt: skip
@@ -412,6 +412,8 @@ _ZIMAGE = {
     "layers.0.feed_forward.w2": ("layers.0.feed_forward.w2", ()),
     "layers.0.adaLN_modulation.0": ("layers.0.adaLN_modulation.0", ()),
     "noise_refiner.0.feed_forward.w1": ("noise_refiner.0.feed_forward.w1", ()),
+    "x_embedder": ("all_x_embedder.2-1", ()),
+    "final_layer.linear": ("all_final_layer.2-1.linear", ()),
 }
 
 
