@@ -10,24 +10,14 @@ from multilora import __version__
 from multilora.bases import FAMILIES
 from multilora.lora import Lora
 
-# Family -> the id that hubs know its best known base by.
-_BASES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "flux": "black-forest-labs/FLUX.1-dev",
-    "qwenimage": "Qwen/Qwen-Image",
-}
-
 
 def model_card(lora: Lora, *, base_model: str | None = None, weights: str = "") -> str:
     """Markdown with a YAML head: base, triggers, how it was made, its inputs by sha256. The licence is left open.
 
-    base_model  id or name of the base; None takes the best known one of the family, if there is one
+    base_model  hub id of the base, if it is known: a family alone does not tell which model of it
     weights     name of the file beside the card, for the lines that load it
     """
     card, pictures = lora.card, any(c in ("unet", "transformer") for c in lora.components)
-    base_model = base_model or _BASES.get(card.family)
     head: dict[str, Any] = {"library_name": "diffusers" if pictures else "peft", "tags": ["lora", "multilora"]}
     if card.provenance.get("terms") or card.provenance.get("merge"):
         head["tags"].append("merge")

@@ -12,10 +12,17 @@ import typer
 # without any spin (OMP_WAIT_POLICY=PASSIVE) took twice as long on the embedded base.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+from multilora.cli.compare import compare
 from multilora.cli.compose import compose
+from multilora.cli.convert import convert
 from multilora.cli.doctor import doctor
+from multilora.cli.extract import extract
+from multilora.cli.fisher import fisher
+from multilora.cli.inspect import inspect
 from multilora.cli.loras import loras
+from multilora.cli.merge import merge
 from multilora.cli.methods import methods
+from multilora.cli.resize import resize
 from multilora.cli.train import train
 from multilora.cli.world import world
 
@@ -31,6 +38,13 @@ app = typer.Typer(
 app.command()(compose)
 app.command()(methods)
 app.command()(loras)
+app.command()(inspect)
+app.command()(merge)
+app.command()(compare)
+app.command()(resize)
+app.command()(convert)
+app.command()(extract)
+app.command()(fisher)
 app.command()(doctor)
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")

@@ -65,13 +65,13 @@ def read_pairs(option: str, texts: Iterable[str], wanted: str) -> list[tuple[str
     return pairs
 
 
-def read_methods(names: Sequence[str], options: Iterable[str]) -> list[Bound]:
-    """Route methods by name with --option texts `key=value` or `method.key=value`.
+def read_methods(names: Sequence[str], options: Iterable[str], kind: str = "route") -> list[Bound]:
+    """Methods of a kind by name with --option texts `key=value` or `method.key=value`.
 
     With several methods, an option goes to those that have it. Raises ValueError for an unknown method, an option
     that none of them has, or a bad value.
     """
-    known = methods("route")
+    known = methods(kind)
     for i, name in enumerate(names):
         if name not in known:
             raise unknown("method", name, known)
@@ -93,7 +93,66 @@ def read_methods(names: Sequence[str], options: Iterable[str]) -> list[Bound]:
             )
         for name in takers:
             given[name][option] = value
-    return [resolve("route", name, **given[name]) for name in names]
+    return [resolve(kind, name, **given[name]) for name in names]
+
+
+def read_weights(text: str | None, loras: Sequence[LoraArgument]) -> list[float]:
+    """One number per LoRA: of `--weights 1,0.8,-0.5`, else of the LoRAs' own `:WEIGHT`, else 1.
+
+    Raises ValueError for another count, a weight in both places, and one that is no number.
+    """
+    own = [lora.weight for lora in loras]
+    for lora in loras:
+        if isinstance(lora.weight, str):
+            raise ValueError(f"{lora.source}:{lora.weight}: a file's weight is a number; schedules belong to compose")
+    if text is None:
+        return [1.0 if weight is None else float(weight) for weight in own]
+    if any(weight is not None for weight in own):
+        raise ValueError(f"--weights {text!r}: a LoRA has a weight of its own (NAME:WEIGHT); give one of the two")
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights {text!r}: wanted numbers joined by commas, such as 1,0.8,-0.5") from None
+    if len(found) != len(loras):
+        raise ValueError(f"--weights {text!r}: {len(found)} numbers for {len(loras)} LoRAs, wanted one each")
+    return found
+
+
+def read_blocks(texts: Iterable[str]) -> dict[str, float]:
+    """`GLOB=FACTOR` texts in order. Raises ValueError for a factor that is no number."""
+    found = {}
+    for glob, value in read_pairs("--blocks", texts, "GLOB=FACTOR, such as '*attn2*=0.5'"):
+        try:
+            found[glob] = float(value)
+        except ValueError:
+            raise ValueError(f"--blocks {glob}={value}: wanted a number after =") from None
+    return found
+
+
+def block_weights(weight: float, factors: dict[str, Any]) -> float | dict[str, float]:
+    """A LoRA's weight with block factors on it, as the merges take it."""
+    if not factors:
+        return weight
+    return {"*": weight, **{glob: weight * float(by) for glob, by in factors.items()}}
+
+
+def check_limits(rank: int | None, energy: float | None) -> None:
+    """Refuse a --rank and --energy that cut nothing or cannot be."""
+    if rank is None and energy is None:
+        raise ValueError("--rank N or --energy SHARE is missing: say how much to keep")
+    if rank is not None and rank < 1:
+        raise ValueError(f"--rank {rank}: wanted at least 1")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"--energy {energy}: wanted a share above 0 and at most 1, such as 0.95")
+
+
+def check_picture(plot: Path, force: bool) -> None:
+    """Refuse a --plot that cannot be written."""
+    if plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot {str(plot)!r}: wanted a .png file")
+    if plot.exists() and not (force and plot.is_file()):
+        raise ValueError(f"--plot {str(plot)!r}: exists already; --force replaces it")
+    check_folder(plot.parent, "--plot")
 
 
 def read_lora_options(
