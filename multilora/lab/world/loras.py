@@ -25,7 +25,7 @@ from multilora.lab.world.render import render
 from multilora.lab.world.scene import Scene, sample_scene
 
 PICTURES = 40
-STEPS, GUIDANCE = 25, 4.0  # of the pictures drawn to judge a LoRA
+STEPS, GUIDANCE = 25, 3.0  # of the pictures drawn to judge a LoRA
 JUDGED = 8  # pictures drawn of each at once; the report draws more
 
 

@@ -26,7 +26,7 @@ from multilora.lab.world.scene import COLOURED, Scene, sample_scene
 from multilora.method import unknown
 
 HELD_OUT = 950_000_000  # first seed of the scenes of this report: no training uses seeds from here on
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, 3.0
 CHUNK = {2: 4, 3: 2, 4: 3, 5: 10}  # pictures of one combination in one batch, by k
 
 

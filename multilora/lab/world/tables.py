@@ -145,7 +145,7 @@ def text(journal: Journal) -> str:
             "Sets of k test designs with one character and no category twice; prompts name the triggers and generic "
             "elements for the rest. The noise of a picture is the same in every row. Each cell: share of requested "
             "designs seen (95% interval, designs taken as independent), share of pictures with all of them, CLIP "
-            "score of picture and prompt by the embedded scorer, pictures. 25 steps, guidance 4, switch every 5.",
+            "score of picture and prompt by the embedded scorer, pictures. 25 steps, guidance 3, switch every 5.",
             composition_table(journal),
             "### What decides it: sets of three train designs",
             study_table(journal),
