@@ -26,7 +26,9 @@ Matrix = Sequence[Sequence[float | None]]
 def draw_comparison(found: Comparison, *, title: str = "") -> Image.Image:
     """Everything that `multilora.compare.compare` found, as one RGB picture of WIDTH pixels and any height."""
     k = len(found.names)
-    parts = [_heading(title or "LoRAs compared: " + ", ".join(found.names), 30), _legend(found.names)]
+    names = ", ".join(found.names)
+    title = title or (f"LoRAs compared: {names}" if len(names) < 80 else f"{k} LoRAs compared")
+    parts = [_heading(title, 30), _legend(found.names)]
     if k > 1:
         parts += [
             _heading("Cosine of the whole updates"),
@@ -114,6 +116,15 @@ def _cut(text: str, font, width: float) -> str:
     return text + "…"
 
 
+def _end(text: str, font, width: float) -> str:
+    """As much of the text's end as fits: the end tells one block from another."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength("…" + text) > width:
+        text = text[1:]
+    return "…" + text
+
+
 def _legend(names: Sequence[str]) -> Image.Image:
     font, x, y, places = _font(20), MARGIN, 4, []
     for i, name in enumerate(names):
@@ -177,7 +188,7 @@ def _pairs(found: Comparison) -> Image.Image:
         draw.rectangle((x + 3, 8, x + 19, 24), fill=COLOURS[j % len(COLOURS)])
     for r, name in enumerate(blocks):
         y = 30 + high * r
-        draw.text((MARGIN, y + high / 2), _cut(name, font, label - 10), font=font, fill=INK, anchor="lm")
+        draw.text((MARGIN, y + high / 2), _end(name, font, label - 10), font=font, fill=INK, anchor="lm")
         for c, (i, j) in enumerate(shown):
             x = MARGIN + label + wide * c
             _cell(draw, (x, y, x + wide, y + high), found.blocks[name].cosine[i][j], number)
@@ -198,7 +209,7 @@ def _bars(shares: Mapping[str, Sequence[float]], k: int) -> Image.Image:
     picture, draw = _canvas(high * len(shown) + 6)
     for r, (name, values) in enumerate(shown.items()):
         y = high * r + 4
-        draw.text((MARGIN, y + k * thick / 2), _cut(name, font, label - 10), font=font, fill=INK, anchor="lm")
+        draw.text((MARGIN, y + k * thick / 2), _end(name, font, label - 10), font=font, fill=INK, anchor="lm")
         for i, share in enumerate(values):
             x, top = MARGIN + label, y + i * thick
             box = (x, top, x + round(room * share / largest), top + thick - 2)
