@@ -62,7 +62,7 @@ A, B = GOOD + ".lora_A.weight", GOOD + ".lora_B.weight"
         (lambda t: t.update({GOOD + ".alpha": torch.ones(3)}), rf"key {A}: its alpha has shape \[3\]"),
         (lambda t: t.update({GOOD + ".alpha": torch.tensor(float("nan"))}), rf"key {GOOD}.alpha has 1 values"),
         (lambda t: t.update({"unet.nowhere.alpha": torch.tensor(1.0)}), "key unet.nowhere.alpha: an alpha without"),
-        (lambda t: t.update({"unet.x.hada_w1_a": torch.ones(2, 2)}), "key unet.x.hada_w1_a: incomplete LoHa, .*1_b"),
+        (lambda t: t.update({"unet.x.hada_w1_a": torch.ones(2, 2)}), r"unet\.x\.hada_w1_a: an incomplete LoHa, .*1_b"),
         (lambda t: t.update({"unet.x.lokr_w1": torch.ones(2, 2)}), "key unet.x.lokr_w1: a LoKr wants lokr_w2"),
         (lambda t: t.update({"unet.x.oft_blocks": torch.ones(2, 2)}), "key unet.x.oft_blocks: this is OFT"),
         (lambda t: t.update({GOOD + ".lora_magnitude_vector": torch.ones(2)}), "an incomplete DoRA"),
