@@ -76,7 +76,7 @@ def svd(rounds=3):
         "| | PEFT, CPU s | ours, CPU s | ours / PEFT | bar |", "|---|---|---|---|---|",
         f"| operator | {totals[0]:.1f} | {totals[2]:.3f} | 1/{totals[0] / totals[2]:.0f} | 1/100 |",
         f"| end to end | {totals[1]:.1f} | {merged:.3f} | 1/{totals[1] / merged:.0f} | 1/50 |\n",
-        "| layer | layers | PEFT operator, ms | end to end, ms | ours, ms | ours / PEFT's | PEFT's error | our error |",
+        "| layer | layers | PEFT operator, ms | end to end, ms | ours, ms | ratio | PEFT's error | our error |",
         "|---|---|---|---|---|---|---|---|", *rows,
     ]  # fmt: skip
 
