@@ -295,16 +295,13 @@ def fits(lora: Lora, base: Any, *, source: str | None = None) -> None:
 
 
 def _checked(lora: Lora, base: Base) -> list[str]:
-    return [k for k in lora if not _elsewhere(k, lora, base)] or list(lora)
+    elsewhere = set(lora.components) - set(base.components) if len(base.components) == 1 else set()
+    return [k for k in lora if k.split(".", 1)[0] not in elsewhere] or list(lora)
 
 
 def _misfits(lora: Lora, base: Base) -> dict[str, str]:
     """key -> why it does not fit the base."""
     return {k: why for k in _checked(lora, base) if (why := _misfit(lora[k], base, k))}
-
-
-def _elsewhere(key: str, lora: Lora, base: Base) -> bool:
-    return len(base.components) == 1 and key.split(".", 1)[0] in set(lora.components) - set(base.components)
 
 
 def _misfit(part: LowRank | Dense, base: Base, key: str) -> str:

@@ -156,12 +156,21 @@ def within(lora: Lora, limits: Limits, *, source: str) -> list[str]:
             if not largest <= limits.value:
                 raise ValueError(f"{where}: its {name} holds {largest:.3g}, above the limit value={limits.value:g}")
         norm = _norm_bound(part)
-        norm = norm if norm <= limits.norm else part.norm()
+        norm = norm if norm <= limits.norm else _norm(part)
         if not norm <= limits.norm:
             raise ValueError(f"{where}: norm {norm:.3g} of its update is above the limit norm={limits.norm:g}")
     if not above:
         return []
     return [f"rank above the layer's own in {len(above)} modules, first {above[0]}: more than it can use"]
+
+
+def _norm(part: LowRank | Dense) -> float:
+    """The Frobenius norm of the update, to the precision of float32, by the Gram matrices of its factors."""
+    if not isinstance(part, LowRank):
+        return part.norm()
+    down, up = part.down.float().flatten(1), part.up.float()
+    square = float(((up.T @ up) * (down @ down.T)).sum(dtype=torch.float64))
+    return math.hypot(math.sqrt(max(square, 0.0)), 0.0 if part.bias is None else float(part.bias.float().norm()))
 
 
 def _norm_bound(part: LowRank | Dense) -> float:

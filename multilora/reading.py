@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -65,6 +64,8 @@ _OTHERS = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_NAME = re.compile(r"[A-Za-z0-9_.]+").fullmatch
 _FORMAT_HEADER = 100_000_000  # bytes; the format's own bound, for bases
 
 
@@ -259,45 +260,55 @@ def _metadata(header: dict[str, Any], where: str) -> dict[str, str]:
     return metadata
 
 
-def _whole(value: Any, count: int | None = None) -> bool:
-    """Whether a value is a list of (count) whole numbers of at least 0."""
-    right = isinstance(value, list) and (count is None or len(value) == count)
-    return right and all(type(n) is int and n >= 0 for n in value)
+def _named(key: str, where: str, limits: Limits) -> None:
+    if len(key) > limits.key_chars or not _NAME(key):
+        wanted = f"wanted 1 to {limits.key_chars} letters, digits, dots and underscores (limit key_chars)"
+        raise ValueError(f"{where}: key {shown(key)} has {len(key)} characters: {wanted}")
+    if "__" in key and re.search(r"(^|\.)__\w*__(\.|$)", key):
+        raise ValueError(f"{where}: key {key}: names of Python's own (__...__) are no layers")
 
 
 def _entry(key: str, entry: Any, where: str, limits: Limits) -> tuple[int, int, str, torch.dtype, list[int]]:
-    """(begin, end, key, dtype, shape) of one tensor, checked on its own."""
-    # Z-Image names layers by patch sizes, "all_x_embedder.2-1": a hyphen between digits is one too.
-    if not re.fullmatch(r"(?:[A-Za-z0-9_.]|(?<=[0-9])-(?=[0-9]))+", key) or len(key) > limits.key_chars:
-        wanted = f"wanted 1 to {limits.key_chars} letters, digits, dots and underscores (limit key_chars)"
-        raise ValueError(f"{where}: key {shown(key)} has {len(key)} characters: {wanted}")
-    if re.search(r"(^|\.)__\w*__(\.|$)", key):
-        raise ValueError(f"{where}: key {key}: names of Python's own (__...__) are no layers")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        missing = {"dtype", "shape", "data_offsets"} - set(entry if isinstance(entry, dict) else ())
+    """(begin, end, key, dtype, shape) of a tensor, checked on its own. Files have thousands, so the good way is fast."""
+    _named(key, where, limits)
+    if type(entry) is not dict or entry.keys() != _FIELDS:
+        missing = _FIELDS - (entry.keys() if isinstance(entry, dict) else set())
         why = f"lacks its {', '.join(sorted(missing))}" if missing else "has fields that no safetensors file has"
         raise ValueError(f"{where}: key {key}: its entry in the header {why}")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
-    if not _whole(shape) or not _whole(offsets, 2):
-        raise ValueError(f"{where}: key {key}: shape and data_offsets must be lists of whole numbers of at least 0")
+    lists = type(shape) is list and type(offsets) is list and len(offsets) == 2
+    count, low, high = 1, 1, 1
+    for n in (*shape, *offsets) if lists else (None,):
+        if type(n) is not int or n < 0:
+            wanted = "shape and data_offsets must be lists of whole numbers of at least 0"
+            raise ValueError(f"{where}: key {key}: {wanted}")
     if len(shape) > limits.ndim:
         raise ValueError(f"{where}: key {key} has {len(shape)} dimensions, above the limit ndim={limits.ndim}")
-    if max(shape, default=1) > limits.dimension:
-        raise ValueError(f"{where}: key {key}: shape {shape} is above the limit dimension={limits.dimension:,}")
-    if min(shape, default=1) < 1:
+    for n in shape:
+        count, low, high = count * n, min(low, n), max(high, n)
+    if high > limits.dimension:
+        what = f"shape {shown(shape)} is above the limit dimension={limits.dimension:,}"
+        raise ValueError(f"{where}: key {key}: {what}")
+    if low < 1:
         raise ValueError(f"{where}: key {key}: shape {shape} holds no values")
-    count = math.prod(shape)
-    if not isinstance(dtype, str) or dtype not in FLOATS | WHOLE | _OTHERS:
-        raise ValueError(f"{where}: key {key}: not valid safetensors, its dtype is {shown(repr(dtype), 40)}")
-    kind = FLOATS.get(dtype) or (WHOLE.get(dtype) if key.endswith(".alpha") and count == 1 else None)
+    kind = FLOATS.get(dtype) if type(dtype) is str else None
     if kind is None:
-        found = (WHOLE | _OTHERS)[dtype]
-        raise ValueError(f"{where}: key {key} is {found} ({dtype}), wanted F16, BF16, F32 or F64; convert it first")
+        kind = _other(key, dtype, count, where)
     begin, end = offsets
     if end - begin != count * kind.itemsize:
         wanted = f"{dtype} of shape {shape} takes {count * kind.itemsize}"
-        raise ValueError(f"{where}: key {key}: data_offsets {offsets} are {end - begin} bytes, {wanted}")
+        raise ValueError(f"{where}: key {key}: data_offsets {shown(offsets)} are {shown(end - begin)} bytes, {wanted}")
     return begin, end, key, kind, shape
+
+
+def _other(key: str, dtype: Any, count: int, where: str) -> torch.dtype:
+    """The dtype of an alpha that is a whole number; ValueError for everything else."""
+    if not isinstance(dtype, str) or dtype not in WHOLE | _OTHERS:
+        raise ValueError(f"{where}: key {key}: not valid safetensors, its dtype is {shown(repr(dtype), 40)}")
+    if dtype in WHOLE and key.endswith(".alpha") and count == 1:
+        return WHOLE[dtype]
+    found = (WHOLE | _OTHERS)[dtype]
+    raise ValueError(f"{where}: key {key} is {found} ({dtype}), wanted F16, BF16, F32 or F64; convert it first")
 
 
 def _entries(header: Mapping[str, Any], size: int, where: str, limits: Limits) -> list[tuple]:
@@ -309,7 +320,7 @@ def _entries(header: Mapping[str, Any], size: int, where: str, limits: Limits) -
     for begin, end, key, *_ in entries:
         if begin != at:
             kind = "overlap those before" if begin < at else "leave a hole"
-            raise ValueError(f"{where}: key {key}: data_offsets [{begin}, {end}] {kind}, the bytes go on at {at}")
+            raise ValueError(f"{where}: key {key}: data_offsets {shown([begin, end])} {kind}, the bytes go on at {at}")
         at = end
     return entries
 

@@ -180,6 +180,26 @@ def test_too_many_tensors(world, tmp_path):
     world.refused(path, f"{count:,} tensors, above the limit tensors=20,000", limits=Limits(header_bytes=10**8))
 
 
+def test_as_many_tensors_as_are_allowed_take_no_time_that_grows_with_their_square(world, tmp_path):
+    """2 s of computing stop this test: an early version took minutes for 10,000 layers."""
+    layers = {f"a{i}.{end}.weight": torch.ones(1, 1) for i in range(9_999) for end in ("lora_A", "lora_B")}
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(bad_files.pack(*bad_files.header_of(layers)))
+    wide = Limits(header_bytes=10**7)
+    world.refused(path, "this is SD 1.5: 0 of 9999 modules match", limits=wide)
+    with no_hang():
+        assert len(admit(path, limits=wide)) == 9_999
+
+
+def test_as_many_patterns_as_layers_are_no_quadratic_search(world, tmp_path):
+    layers = {f"a{i}.{end}.weight": torch.ones(1, 1) for i in range(5_000) for end in ("lora_A", "lora_B")}
+    (tmp_path / "bad").mkdir()
+    config = bad_files.config_of(r=4, rank_pattern={f"a{i}": 1 for i in range(4_999)})
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(bad_files.pack(*bad_files.header_of(layers)))
+    (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps(config))
+    world.refused(tmp_path / "bad", "a4999 rank 4, its tensors have 1", base=False, limits=Limits(header_bytes=10**7))
+
+
 # -- tensors and what they mean ---------------------------------------------------------------------------------------
 
 
