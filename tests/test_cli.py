@@ -38,7 +38,8 @@ def _here(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     categories = {"fox": "character", "robe": "garment", "hat": "object", "moon": "background"}
     entries = {
-        n: {"name": n, "category": c, "trigger": f"{n}o {c}", "path": world / f"{n}.safetensors", "split": "train"}
+        n: {"name": n, "category": c, "trigger": f"{n}o {c}", "class_word": c, "path": world / f"{n}.safetensors",
+            "split": "train"}
         for n, c in categories.items()
     }
     monkeypatch.setattr(load, "library", lambda: entries)
@@ -130,6 +131,11 @@ def test_the_demonstration(capsys, world, monkeypatch):
         assert f"_{title}_" in path
     assert "sheet_" in paths[-1]
     assert len(Recipe.from_png(paths[-2]).loras) == 4
+    # Each LoRA alone: its own trigger, plain things of another colour in place of the others'.
+    prompts = [Recipe.from_png(path).prompt for path in paths[:6]]
+    triggers = [entry["trigger"] for entry in load.library().values() if entry["name"] in titles]
+    assert [sum(t in prompt for t in triggers) for prompt in prompts] == [0, 1, 1, 1, 1, 4]
+    assert ["purple" in prompt for prompt in prompts] == [True, False, True, True, True, False]
 
 
 def test_the_scene_of_the_demonstration():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 METHODS = ("merge", "switch", "composite", "sum_of_differences")
 # One of each; a library that lacks a name gives its first one of that category.
 CHOICE = {"character": "korv", "garment": "dotta", "object": "heto", "background": "palma"}
 SEED = 1
-SENTENCE = "{character} in {garment} holding {object}, on {background}"
+SENTENCE = "{character} in {garment} holding {object}, on {background}, flat style"
+# Colours of the plain things that stand in for a LoRA's: without it, its trigger is a word the base does not know.
+PLAIN = {"character": "purple", "garment": "green", "object": "yellow"}
 BARE = {"character": "a fox", "garment": "a robe", "object": "a balloon", "background": "a beach"}
 
 
@@ -31,6 +33,16 @@ def scene(library: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
             "needs one of each. Rebuild it with: multilora world train"
         )
     return SENTENCE.format(**words), names
+
+
+def alone(library: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, str]:
+    """The prompts of the pictures with one of the LoRAs, by its name, and "" for none: plain things for the others."""
+    plain = dict(BARE)
+    for name in names:
+        category, kind = library[name]["category"], library[name]["class_word"]
+        plain[category] = _article(f"{PLAIN.get(category, '')} {kind}".strip())
+    own = {name: {library[name]["category"]: _article(library[name]["trigger"])} for name in names}
+    return {name: SENTENCE.format(**{**plain, **words}) for name, words in {"": {}, **own}.items()}
 
 
 def _article(words: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Order:
     compare: bool
     singles: bool
     base: str
+    alone: dict[str, str] = field(default_factory=dict)  # prompts of singles by LoRA ("": the base); else the prompt
 
 
 def filled(order: Order, request: dict[str, Any]) -> Order:
@@ -51,6 +52,7 @@ def filled(order: Order, request: dict[str, Any]) -> Order:
             methods=order.methods or list(demo.METHODS),
             compare=sheet,
             singles=sheet,
+            alone=demo.alone(library(), names),
         )
     text, tags = parse_prompt(order.prompt)
     tagged = [arguments.LoraArgument(tag.name, None, str(tag.weight)) for tag in tags]
@@ -86,8 +88,10 @@ def fresh(order: Order, request: dict[str, Any], device: str | None, out: Path) 
         composer.add(lora.source, name=lora.name, weight=lora.weight, **own)
         for lora, own in zip(order.loras, options, strict=True)
     ]
-    shots = [Shot("base", [], "merge", "no LoRA")] if order.singles else []
-    shots += [Shot(m.name, [m], "merge", _about(m)) for m in members if order.singles]
+    shots = []
+    if order.singles:
+        shots = [Shot("base", [], "merge", "no LoRA", order.alone.get(""))]
+        shots += [Shot(m.name, [m], "merge", _about(m), order.alone.get(m.name)) for m in members]
     singles = len(shots)
     for b in bound:
         settings = ", ".join(f"{name}={value}" for name, value in b.options.items())

@@ -16,12 +16,13 @@ from multilora.recipe import Recipe, save_png
 
 @dataclass(frozen=True)
 class Shot:
-    """One variant: what it is called, which LoRAs are in it, by which method."""
+    """One variant: what it is called, which LoRAs are in it, by which method; its own prompt if it has one."""
 
     title: str
     members: Sequence[Any]
     method: Any
     note: str = ""
+    prompt: str | None = None
 
 
 @dataclass
@@ -54,7 +55,8 @@ def take(composer: Any, shots: Sequence[Shot], request: dict[str, Any]) -> list[
             for member in shot.members:
                 composer.add(member)
             began = time.perf_counter()
-            out = composer(**request, method=shot.method, progress=_progress(bar))
+            asked = request if shot.prompt is None else {**request, "prompt": shot.prompt}
+            out = composer(**asked, method=shot.method, progress=_progress(bar))
             taken.append(_taken(shot.title, shot.note, out, time.perf_counter() - began))
     return taken
 
