@@ -269,7 +269,7 @@ def _named(key: str, where: str, limits: Limits) -> None:
 
 
 def _entry(key: str, entry: Any, where: str, limits: Limits) -> tuple[int, int, str, torch.dtype, list[int]]:
-    """(begin, end, key, dtype, shape) of a tensor, checked on its own. Files have thousands, so the good way is fast."""
+    """(begin, end, key, dtype, shape) of a tensor, checked on its own. Files have thousands: the good way is fast."""
     _named(key, where, limits)
     if type(entry) is not dict or entry.keys() != _FIELDS:
         missing = _FIELDS - (entry.keys() if isinstance(entry, dict) else set())

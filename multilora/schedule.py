@@ -26,6 +26,7 @@ from typing import Any
 
 __all__ = ["LoraTag", "Schedule", "parse_prompt"]
 
+LARGEST = 1e6  # of a weight: 1e30 is finite, and so is no picture that it makes
 FRACTION, STEP, SIGMA = "", "s", "sigma"
 ALLOWED = "wanted a number such as 0.8 or points weight@position such as '0@0,1@0.5', '1@3s,0@6s', '1@7sigma,0@2sigma'"
 
@@ -40,6 +41,8 @@ def _number(value: Any, what: str, shown: Any) -> float:
         raise ValueError(f"{shown!r}: {what} {value!r} is not a number; {ALLOWED}") from None
     if not math.isfinite(number):
         raise ValueError(f"{shown!r}: {what} {value!r} is not finite; {ALLOWED}")
+    if abs(number) > LARGEST:
+        raise ValueError(f"{shown!r}: {what} {value!r} is beyond the limit of {LARGEST:g}; {ALLOWED}")
     return number + 0.0
 
 
