@@ -30,7 +30,7 @@ class Limits:
     tensors         in a file; an SDXL LoRA with text encoders has 2,400, a LyCORIS of everything 8,000
     ndim            of a tensor: 5 is a convolution over time
     dimension       of a tensor; vocabularies have some 10^5 rows
-    key_chars       of a tensor's name (letters, digits, dots and underscores are allowed, nothing else)
+    key_chars       of a tensor's name: letters, digits, dots, underscores and hyphens (Z-Image has a layer "2-1")
     text_bytes      of one metadata text that is parsed, and of a PEFT configuration
     json_depth      of nested objects and lists in those
     rank            of a low-rank update; servers of LoRAs stop at 512, extracted ones go to 1,024. A rank above the

@@ -65,7 +65,7 @@ _OTHERS = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_NAME = re.compile(r"[A-Za-z0-9_.]+").fullmatch
+_NAME = re.compile(r"[A-Za-z0-9_.-]+").fullmatch
 _FORMAT_HEADER = 100_000_000  # bytes; the format's own bound, for bases
 
 
@@ -262,7 +262,7 @@ def _metadata(header: dict[str, Any], where: str) -> dict[str, str]:
 
 def _named(key: str, where: str, limits: Limits) -> None:
     if len(key) > limits.key_chars or not _NAME(key):
-        wanted = f"wanted 1 to {limits.key_chars} letters, digits, dots and underscores (limit key_chars)"
+        wanted = f"wanted 1 to {limits.key_chars} letters, digits, dots, underscores and hyphens (limit key_chars)"
         raise ValueError(f"{where}: key {shown(key)} has {len(key)} characters: {wanted}")
     if "__" in key and re.search(r"(^|\.)__\w*__(\.|$)", key):
         raise ValueError(f"{where}: key {key}: names of Python's own (__...__) are no layers")

@@ -269,7 +269,7 @@ NAMES = {
     "\u202eabc.lora_A.weight": "＼u202eabc", "a\u200bb.lora_A.weight": "a＼u200bb", "é.lora_A.weight": "é.lora",
     "<img src=x onerror=1>.lora_A.weight": "‹img src=x onerror=1›", "a;rm -rf.lora_A.weight": "a;rm -rf",
     "$(id).lora_A.weight": "$(id)", "%s%n.lora_A.weight": "%s%n", "{0.__class__}.lora_A.weight": "{0.__class__}",
-    "a-b.lora_A.weight": "a-b", "\ud800.lora_A.weight": "＼ud800", "🦊.lora_A.weight": "🦊",
+    "a+b.lora_A.weight": "a+b", "\ud800.lora_A.weight": "＼ud800", "🦊.lora_A.weight": "🦊",
     "([a-z_.0-9]+)+X.lora_A.weight": "([a-z_.0-9]+)+X", "x" * 300 + ".lora_A.weight": "has 314 characters",
     "x" * 100_000: "has 100000 characters", "unet.__class__.__base__.lora_A.weight": "(__...__) are no layers",
     "__init__.lora_A.weight": "(__...__) are no layers", "unet.a.__globals__.lora_B.weight": "(__...__) are no layers",
