@@ -7,12 +7,12 @@ from typing import Any
 
 METHODS = ("merge", "switch", "composite", "sum_of_differences")
 # One of each; a library that lacks a name gives its first one of that category.
-CHOICE = {"character": "korv", "garment": "dotta", "object": "heto", "background": "palma"}
-SEED = 1
+CHOICE = {"character": "korv", "garment": "dotta", "object": "burgo", "background": "palma"}
+SEED = 3
 SENTENCE = "{character} in {garment} holding {object}, on {background}, flat style"
 # Colours of the plain things that stand in for a LoRA's: without it, its trigger is a word the base does not know.
-PLAIN = {"character": "purple", "garment": "green", "object": "yellow"}
-BARE = {"character": "a fox", "garment": "a robe", "object": "a balloon", "background": "a beach"}
+PLAIN = {"character": "purple", "garment": "green"}
+BARE = {"character": "a fox", "garment": "a robe", "object": "a sandwich", "background": "a beach"}
 
 
 def scene(library: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
