@@ -96,8 +96,10 @@ def test_positive_only_leaves_the_negative_prediction_of_the_base(pipes, family,
         ours, plain = (calls[1]["out"], calls[0]["out"]), (base[1]["out"], base[0]["out"])
     else:
         ours, plain = calls[0]["out"].chunk(2), base[0]["out"].chunk(2)
-    # Composite runs the equal passes as one batch, whose matmuls may round otherwise than those of one sample.
-    assert torch.equal(ours[0], plain[0]) if method == "merge" else scene.apart(ours[0], plain[0]) < 1e-6
+    # Composite runs the equal passes as one batch, whose matmuls may round otherwise than those of one sample: by how
+    # much depends on the processor.
+    unlike = scene.apart(ours[0], plain[0])
+    assert torch.equal(ours[0], plain[0]) if method == "merge" else unlike < 1e-5, unlike
     assert scene.apart(ours[1], plain[1]) > 0.01
 
 
