@@ -11,6 +11,7 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ import re
 import stat
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -325,6 +327,18 @@ def _entries(header: Mapping[str, Any], size: int, where: str, limits: Limits) -
     return entries
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: the small objects of a large header set it off again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
 # -- tensors --------------------------------------------------------------------------------------------------------
 
 
@@ -346,16 +360,16 @@ def read_tensors(
         start = _exactly(stream, min(64, size), where)
         length = header_length(start, size, where, limits.header_bytes)
         raw = start[8 : 8 + length] + _exactly(stream, max(0, length + 8 - len(start)), where)
-        header = _header(raw, where)
-        if raw[:1] != b"{":
-            raise ValueError(f"{where}: not safetensors, its header begins with {raw[:1]!r}, wanted an object")
-        metadata = _metadata(header, where)
-        entries = _entries(header, size - 8 - length, where, limits)
+        with _uncollected():
+            header = _header(raw, where)
+            if raw[:1] != b"{":
+                raise ValueError(f"{where}: not safetensors, its header begins with {raw[:1]!r}, wanted an object")
+            metadata = _metadata(header, where)
+            entries = _entries(header, size - 8 - length, where, limits)
         said = 8 + length + (entries[-1][1] if entries else 0)
         if said != size:
             raise ValueError(f"{where}: truncated or overlong, has {size} bytes, its header says {said}")
-        digest.update(start[: 8 + length])
-        digest.update(raw[len(start) - 8 :])
+        digest.update(start[:8] + raw)
         stream.seek(8 + length)
         tensors = {}
         for begin, end, key, dtype, shape in entries:
