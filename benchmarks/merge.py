@@ -8,7 +8,8 @@ layer per shape times the number of layers of that shape: "operator" is its svd 
 add_weighted_adapter on a model of that layer alone. Ours is, as operator, sum and cut of the same layers times the
 same numbers; end to end, `multilora.merge` on the whole set, all 128 layers for real. Errors are those of the rank-16
 product, relative in Frobenius norm, against a float64 svd of the multiplied-out float64 sum.
-conv: one layer per shape, the total is over all convolutions of SD 1.5's U-Net, each shape times its number.
+conv: one layer per shape, the total is over the convolutions of SD 1.5's U-Net that LoRA files adapt (resnets,
+samplers, projections: all but the first and the last, which stand apart below), each shape times its number.
 """
 
 import sys
@@ -106,13 +107,17 @@ def resize(rounds=3):
 @torch.no_grad()
 def conv(rounds=8):
     layers = shapes(SD15, lambda n, m: isinstance(m, torch.nn.Conv2d))
+    ends = {layers.pop(name) for name in ("conv_in", "conv_out")}
     counts = Counter(layers.values())
     totals, rows = [0.0, 0.0], []
     unlike = drift = ours_drift = 0
-    for shape, count in sorted(counts.items(), key=lambda item: -item[0][0] * item[0][1] * item[0][2]):
+    shown = [*sorted(counts.items(), key=lambda item: -item[0][0] * item[0][1] * item[0][2]), *((e, 1) for e in ends)]
+    for shape, count in shown:
         seconds, found = _one_conv(shape, rounds)
-        totals = [t + count * s for t, s in zip(totals, seconds, strict=True)]
-        unlike, drift, ours_drift = (x + count * y for x, y in zip((unlike, drift, ours_drift), found, strict=True))
+        if shape not in ends:
+            totals = [t + count * s for t, s in zip(totals, seconds, strict=True)]
+            sums = zip((unlike, drift, ours_drift), found, strict=True)
+            unlike, drift, ours_drift = (total + count * more for total, more in sums)
         rows.append(f"| {' x '.join(map(str, shape))} | {count} | {1e3 * seconds[0]:.2f} | {1e3 * seconds[1]:.2f} | "
                     f"1/{seconds[0] / seconds[1]:.1f} | {found[0]} |")  # fmt: skip
     return [
@@ -120,10 +125,11 @@ def conv(rounds=8):
         "set back, form rebuilt; bar 1/8)\n",
         "| layer | layers | PEFT, ms | ours, ms | ours / PEFT | merged weights of one layer unlike PEFT's |",
         "|---|---|---|---|---|---|",
-        f"| all of SD 1.5's U-Net | {sum(counts.values())} | {1e3 * totals[0]:.0f} | {1e3 * totals[1]:.0f} | "
+        f"| all that LoRA files adapt | {sum(counts.values())} | {1e3 * totals[0]:.0f} | {1e3 * totals[1]:.0f} | "
         f"1/{totals[0] / totals[1]:.1f} | |", *rows,
-        f"\nOf {sum(n * torch.Size(s).numel() for s, n in counts.items())} weights, {unlike} differ in any bit from "
-        f"PEFT's when merged; {drift} are not what they were after PEFT's unmerge, {ours_drift} after ours.",
+        f"\nOf these layers' {sum(n * torch.Size(s).numel() for s, n in counts.items())} weights, {unlike} differ in "
+        f"any bit from PEFT's when merged; {drift} are not what they were after PEFT's unmerge, {ours_drift} after "
+        "ours.",
     ]  # fmt: skip
 
 

@@ -37,6 +37,13 @@ def finite_factor(value: Any) -> float:
     return float(value)
 
 
+def _folded(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor | None:
+    """up * scale in `dtype`, None where it is not exact there."""
+    exact = up.to(_fine(up)) * scale
+    stored = exact.to(dtype)
+    return stored if torch.equal(stored.to(exact.dtype), exact) else None
+
+
 def _sum_bias(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
@@ -126,11 +133,11 @@ class LowRank:
         scale = alpha / (math.sqrt(part.rank) if rslora else part.rank)
         if scale == 1.0:
             return part
-        exact = up.to(_fine(up)) * scale
-        stored = exact.to(up.dtype)
-        if not torch.equal(stored.to(exact.dtype), exact):
+        # The first row alone tells nearly always that folding is not exact, before work is done on all of them.
+        stored = _folded(up, scale, up.dtype) if _folded(up[:1], scale, up.dtype) is not None else None
+        if stored is None:
             dtype = _work(down, up)
-            down, stored = down.to(dtype), exact.to(dtype)
+            down, stored = down.to(dtype), (up.to(_fine(up)) * scale).to(dtype)
         return cls(down, stored, bias if up_bias is None else _scaled(up_bias, scale), kind)
 
     @property
