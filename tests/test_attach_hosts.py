@@ -1,7 +1,6 @@
 """Models that other libraries have a hand in: PEFT layers, compiled graphs, offloading, a real U-Net."""
 
-import statistics
-import time
+import sys
 
 import pytest
 import torch
@@ -289,6 +288,23 @@ def test_batched_composite_of_five_adds_at_most_36_percent_operations(unet):
         assert leaves.count <= 1.36 * base.count + 128 + 10
 
 
+def _calls(run):
+    """Python and C functions called by run(): the work of a flip, the same on every machine; benchmarks/flip.py has
+    the seconds."""
+    count = 0
+
+    def seen(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 @pytest.mark.parametrize("form", ["side", "bank"])
 @torch.no_grad()
 def test_flipping_costs_at_most_a_twentieth_of_set_adapters(unet, form):
@@ -300,12 +316,7 @@ def test_flipping_costs_at_most_a_twentieth_of_set_adapters(unet, form):
         other.add_adapter(config, adapter_name=name)
     rows = [[1.0, 0.0], [0.0, 1.0]]
     with attached(unet, [_attention_lora(unet, 1), _attention_lora(unet, 2)], component="unet", form=form) as bank:
-        flips, sets = [], []
-        for i in range(12):
-            start = time.process_time()
-            other.set_adapters("ab"[i % 2])
-            sets.append(time.process_time() - start)
-            start = time.process_time()
-            bank.row = rows[i % 2]
-            flips.append(time.process_time() - start)
-    assert statistics.median(flips) <= statistics.median(sets) / 20
+        for row in rows:  # the bank merges a row when it first meets it
+            bank.row = row
+        flips = _calls(lambda: setattr(bank, "row", rows[0]))
+    assert 0 < flips <= _calls(lambda: other.set_adapters("a")) / 20
