@@ -141,6 +141,16 @@ def weighted_sum_(deltas: list[Tensor], weights: list[float]) -> Tensor:
     return total
 
 
+def settled_(
+    deltas: list[Tensor], weights: list[float], *, ties: bool, mergekit: bool, majority: Majority
+) -> Tensor:
+    """What follows random drops: the weighted sum, or (ties) the agreed one by PEFT's or mergekit's rule."""
+    if not ties:
+        return weighted_sum_(deltas, weights)
+    vote, divide = ("weighted", "none") if mergekit else ("delta", "count")
+    return agreed_sum_(deltas, weights, majority=majority, vote=vote, divide=divide)
+
+
 def elected(deltas: list[Tensor], majority: Majority = "total") -> Tensor:
     """The sign, 1 or -1, that wins at every entry; a draw goes to 1, as in PEFT and mergekit.
 

@@ -37,10 +37,10 @@ def finite_factor(value: Any) -> float:
     return float(value)
 
 
-def _folded(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor | None:
-    """up * scale in `dtype`, None where it is not exact there."""
+def _folded(up: Tensor, scale: float) -> Tensor | None:
+    """up * scale in the dtype of `up`, None where it is not exact in it."""
     exact = up.to(_fine(up)) * scale
-    stored = exact.to(dtype)
+    stored = exact.to(up.dtype)
     return stored if torch.equal(stored.to(exact.dtype), exact) else None
 
 
@@ -134,7 +134,7 @@ class LowRank:
         if scale == 1.0:
             return part
         # The first row alone tells nearly always that folding is not exact, before work is done on all of them.
-        stored = _folded(up, scale, up.dtype) if _folded(up[:1], scale, up.dtype) is not None else None
+        stored = None if _folded(up[:1], scale) is None else _folded(up, scale)
         if stored is None:
             dtype = _work(down, up)
             down, stored = down.to(dtype), (up.to(_fine(up)) * scale).to(dtype)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from multilora.consensus import Density, Seed, agreed_sum_, drop_, generator_of, weighted_sum_
+from multilora.consensus import Density, Seed, drop_, generator_of, settled_
 from multilora.elementwise import Rank, Whole, elementwise
 from multilora.lora import Lora
 from multilora.method import Opt, method
@@ -54,10 +54,7 @@ def dare(
     def combine(key: str, deltas: list[Tensor], row: list[float]) -> Tensor:
         for i, delta in enumerate(deltas):
             drop_(delta, density, generator_of(seed, key, i), "l1" if mergekit else "chance")
-        if consensus == "linear":
-            return weighted_sum_(deltas, row)
-        vote, divide = ("weighted", "none") if mergekit else ("delta", "count")
-        return agreed_sum_(deltas, row, majority=majority, vote=vote, divide=divide)
+        return settled_(deltas, row, ties=consensus == "ties", mergekit=mergekit, majority=majority)
 
     options = {"density": density, "consensus": consensus, "convention": convention}
     options |= {"majority": majority, "seed": seed}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 class Settings:
     # pictures
     size: int = 128
-    scenes: int = 48_000
+    scenes: int = 60_000
     captions_each: int = 3
     scene_seed: int = 1_000_000  # scene i has seed scene_seed + i; held-out scenes: held_out_seed + i
     held_out_seed: int = 900_000_000
@@ -39,11 +39,11 @@ class Settings:
     train_steps: int = 1000
     # (progress from which it holds, share of the timesteps, their range): the words decide at high noise
     # and must be learned first; the rest of the timesteps is uniform
-    emphasis: tuple = ((0.0, 0.6, (600, 990)), (0.45, 0.5, (250, 800)))
+    emphasis: tuple = ((0.0, 0.6, (600, 990)), (0.4, 0.4, (400, 900)), (0.7, 0.4, (100, 600)))
     # optimisation: whichever of samples and minutes comes first ends it, and drives the learning rate
     batch: int = 64  # over all processes
-    samples: int = 400_000
-    minutes: float = 77.0
+    samples: int = 460_000
+    minutes: float = 150.0
     rate: float = 1e-3
     warmup: int = 200
     decay: float = 0.01
