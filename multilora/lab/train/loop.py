@@ -39,29 +39,27 @@ class Order:
         return int(self._order[place])
 
 
-class Run:
-    """One training run, built by `multilora.lab.train.lora.train`: it puts the LoRA layers in and takes them off."""
+class Steps:
+    """Steps of AdamW on a few parameters, with checkpoints; what a batch's loss is, a subclass says.
+
+    groups      [{"params": [...], "base_lr": ...}]
+    settings    "steps", "warmup", "lr", "batch", "accumulate", "seed" and "weight_decay"
+    bound       what a checkpoint must share with this run
+    checkpoint  beside `out`; a resumed run gives the bits of an uninterrupted one
+    """
 
     def __init__(
         self,
-        pipe: Any,
-        family: Family,
-        store: Store,
-        prior: Store | None,
         groups: Sequence[dict[str, Any]],
         settings: dict[str, Any],
         bound: dict[str, Any],
         accelerator: Any,
         out: Path,
     ) -> None:
-        self.pipe, self.family, self.store, self.prior = pipe, family, store, prior
         self.settings, self.bound, self.accelerator, self.out = settings, bound, accelerator, out
         self.parameters = [p for group in groups for p in group["params"]]
         self.lrs = [group["base_lr"] for group in groups]
-        self.denoiser = getattr(pipe, family.denoiser)
-        self.device = next(self.denoiser.parameters()).device
-        self.loss: Noise | Flow = family.loss(pipe)
-        self.loss.weights(torch.zeros(1, dtype=torch.long), settings["min_snr"])  # refuse min_snr on a flow now
+        self.device = self.parameters[0].device
         fused = self.device.type == "cpu" and accelerator.mixed_precision != "fp16"
         optimiser = torch.optim.AdamW(
             [{"params": group["params"]} for group in groups], settings["lr"], betas=(0.9, 0.99),
@@ -69,8 +67,14 @@ class Run:
         )  # fmt: skip
         self.optimiser = accelerator.prepare(optimiser)
         self.checkpoint = out.with_name(out.stem + ".checkpoint")
-        self.orders = {name: Order(len(data), settings["seed"], name)
-                       for name, data in (("data", store), ("prior", prior)) if data is not None}  # fmt: skip
+
+    def batch_loss(self, call: int) -> torch.Tensor:
+        """The loss [] of the `batch` samples of model call number `call`, counted over all steps and processes."""
+        raise NotImplementedError(type(self).__name__)
+
+    def sample(self, done: int, prompts: Sequence[str]) -> list[Path]:
+        """Files that show the LoRA after `done` steps; none here."""
+        return []
 
     def steps(
         self,
@@ -149,6 +153,31 @@ class Run:
         flat = self.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
         for p, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = piece.view_as(p).clone()
+
+
+class Run(Steps):
+    """One training run, built by `multilora.lab.train.lora.train`: it puts the LoRA layers in and takes them off."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        family: Family,
+        store: Store,
+        prior: Store | None,
+        groups: Sequence[dict[str, Any]],
+        settings: dict[str, Any],
+        bound: dict[str, Any],
+        accelerator: Any,
+        out: Path,
+    ) -> None:
+        super().__init__(groups, settings, bound, accelerator, out)
+        self.pipe, self.family, self.store, self.prior = pipe, family, store, prior
+        self.denoiser = getattr(pipe, family.denoiser)
+        self.device = next(self.denoiser.parameters()).device
+        self.loss: Noise | Flow = family.loss(pipe)
+        self.loss.weights(torch.zeros(1, dtype=torch.long), settings["min_snr"])  # refuse min_snr on a flow now
+        self.orders = {name: Order(len(data), settings["seed"], name)
+                       for name, data in (("data", store), ("prior", prior)) if data is not None}  # fmt: skip
 
     def batch_loss(self, call: int) -> torch.Tensor:
         loss = self.part_loss("data", self.store, call)
