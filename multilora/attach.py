@@ -79,7 +79,7 @@ class Bank:
     def __init__(
         self, model: nn.Module, sites: list[Site], k: int, form: str, bank_bytes: int, optional: Sequence[str] = ()
     ):
-        self.sites, self.k, self.form, self.bank_bytes = sites, k, form, bank_bytes
+        self.model, self.sites, self.k, self.form, self.bank_bytes = model, sites, k, form, bank_bytes
         self.paths = tuple(site.path for site in sites)
         self.optional = frozenset(optional)
         self.calls: dict[str, int] = dict.fromkeys(self.paths, 0)
@@ -255,12 +255,34 @@ class Bank:
                 f"compiling); a module that this call rightly skips belongs into optional=[...]"
             )
 
-    def close(self) -> None:
-        """Undo everything; may be called again."""
+    @contextlib.contextmanager
+    def again(self) -> Iterator[Bank]:
+        """Attached once more after the `attached` block, with what was built there; in the end the model is as it was.
+
+        Raises RuntimeError when other LoRAs are attached to the model.
+        """
+        with _holding(self.model, self.sites), disabled(self.model):
+            try:
+                self.place()
+                yield self
+            finally:
+                try:
+                    self.rest()
+                except BaseException:  # a second interrupt must not leave half of it in place
+                    self.rest()
+                    raise
+
+    def rest(self) -> None:
+        """Hooks off, the base weights in place; what was built stays. May be called again."""
         self._row = self._gate = None
         self._unhook()
         self._restore()
+        self._in_weights = None
         self.eager.turn(False)
+
+    def close(self) -> None:
+        """Undo everything and drop what was built for rows; may be called again."""
+        self.rest()
         self._kept.clear()
         self._scratch.clear()
         self._rows.clear()

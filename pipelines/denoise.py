@@ -76,6 +76,8 @@ class Conductor:
 
     passes_per_call  how many passes may run as one batch; None for all of them
     cancel           an object with `is_set()`, read before every run
+    guided           whether the pipeline's calls hold a negative half
+    half             "negative" or "positive" where each has its own call (a guider's conditions), else None
     """
 
     def __init__(
@@ -90,13 +92,14 @@ class Conductor:
         passes_per_call: int | None = None,
         cancel: Any = None,
         guided: Callable[[], bool] = lambda: False,
+        half: Callable[[], str | None] = lambda: None,
     ):
         inner = getattr(denoiser, "_orig_mod", denoiser)
         self.forward = inner.forward
         self.table = inputs.inputs_of(denoiser)
         self.family = inputs.class_name(denoiser)
         self.bank, self.members, self.bound, self.clock, self.encodings = bank, list(members), bound, clock, encodings
-        self.passes_per_call, self.cancel, self.guided = passes_per_call, cancel, guided
+        self.passes_per_call, self.cancel, self.guided, self.half = passes_per_call, cancel, guided, half
         self.calls = 0
         self.passes: list[int] = []  # model runs per step of the current picture
         self._plan: Any = None
@@ -264,6 +267,9 @@ class Conductor:
         if self.table is None:
             return [""]
         batch = arguments[self.table.sample].shape[0]
+        half = self.half()
+        if half is not None:
+            return [half] * batch
         if self.table.negative == "second":
             return ["negative" if self._where[1] % 2 == 1 else "positive"] * batch
         pictures = self.encodings.pictures
