@@ -205,5 +205,6 @@ def composing(
             cancel=cancel,
             guided=lambda: bool(getattr(pipe, "do_classifier_free_guidance", False)),
         )
+        stack.callback(conductor.caches.close)
         stack.enter_context(intercepted(denoiser, conductor))
         yield conductor

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from multilora.method import Bound
 from multilora.pipelines import inputs
+from multilora.pipelines.caching import Caches
 from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.prompt import Encodings
 from multilora.plan import Moment, Pass, shares
@@ -100,6 +101,9 @@ class Conductor:
         self.family = inputs.class_name(denoiser)
         self.bank, self.members, self.bound, self.clock, self.encodings = bank, list(members), bound, clock, encodings
         self.passes_per_call, self.cancel, self.guided, self.half = passes_per_call, cancel, guided, half
+        self.caches = Caches(
+            denoiser, lambda: (clock.advances, clock.step), lambda: len(clock.calls), [s.module for s in bank.sites]
+        )
         self.calls = 0
         self.passes: list[int] = []  # model runs per step of the current picture
         self._plan: Any = None
@@ -122,6 +126,7 @@ class Conductor:
             self._masks.clear()
             self.passes.clear()
             self._where = (-1, -1)
+            self.caches.new_picture()
             self.bank.reset_calls()
         self.encodings.used = True
         # Position of this call among the calls between two scheduler steps: 1 is the separate negative call.
@@ -250,11 +255,13 @@ class Conductor:
             same = all(row == flat[0] for row in flat)
             self.bank.row = flat[0] if same else torch.tensor(flat, dtype=torch.float64)
         if times == 1:
-            return [model(**arguments)]
+            with self.caches.running(runs):
+                return [model(**arguments)]
         repeated = {n: inputs.repeat(v, times) if n in self.table.per_sample else v for n, v in arguments.items()}
         for path in self._texted(arguments):  # already holds every run's own encoding
             inputs.put(repeated, path, inputs.get(arguments, path))
-        return _split(model(**repeated), times)
+        with self.caches.running(runs):
+            return _split(model(**repeated), times)
 
     @staticmethod
     def _positive(row: Sequence[float], half: str, positive: Sequence[bool]) -> tuple[float, ...]:

@@ -1,0 +1,199 @@
+"""Feature caches of diffusers (FirstBlockCache and kin) under composition: every row keeps a state of its own.
+
+A cache skips blocks where what it stored at an earlier step is close enough. diffusers keeps one store for each cache
+context of the pipeline ("cond", "uncond"). Under composition several rows pass through one such context, and a residual
+of one LoRA would serve another: wrong in the very first step of Composite, and after each change of Switch. Here the
+context is the pipeline's own, together with the call's place in the step and the runs of the batch. So rows in turn
+decide each for itself, and rows in one batch share one store and one decision.
+
+A store lives from one step to the next. One that a step left unused is dropped: a row that comes back later starts
+anew, whatever it stored before, and stores never outnumber the rows of two steps. A new picture starts empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+# diffusers' stateful hooks. A hook keeps its state in StateManagers, by context, or in its attribute `state`, one for
+# all contexts.
+SUPPORTED = {
+    "FBCHeadBlockHook": "FirstBlockCache",
+    "MagCacheHeadHook": "MagCache",
+    "TaylorSeerCacheHook": "TaylorSeer",
+    "PyramidAttentionBroadcastHook": "PyramidAttentionBroadcast",
+    "FasterCacheBlockHook": "FasterCache",
+    "FasterCacheDenoiserHook": "FasterCache",
+}
+REFUSED = {
+    "SeaCacheRootHook": ("SeaCache", "it follows video models step by step, and no composition was ever tested on one"),
+    "TextKVCacheTransformerHook": (
+        "TextKVCache",
+        "it knows a prompt by its place in memory, where a composition puts another prompt at the next call",
+    ),
+}
+REFUSED["TextKVCacheBlockHook"] = REFUSED["TextKVCacheTransformerHook"]
+
+
+def stateful_hooks(denoiser: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+    """(path, module, hook) of every hook of diffusers in the model that keeps something from call to call."""
+    inner = getattr(denoiser, "_orig_mod", denoiser)
+    return [
+        (path, module, hook)
+        for path, module in inner.named_modules()
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
+        if hook._is_stateful or hasattr(hook, "is_tail")
+    ]
+
+
+def check_caches(denoiser: nn.Module, adapted: Sequence[nn.Module] = ()) -> list[Any]:
+    """The model's stateful hooks. `adapted` are the modules that LoRAs act on.
+
+    Raises ValueError, with the cache's name and the reason, for one that cannot be right under composition.
+    """
+    found = stateful_hooks(denoiser)
+    for path, module, hook in found:
+        kind = type(hook).__name__
+        name, why = REFUSED.get(kind, (SUPPORTED.get(kind), ""))
+        if not hook._is_stateful:
+            if kind == "FBCBlockHook" and hook.is_tail and getattr(module, "context_pre_only", False):
+                name = "FirstBlockCache"
+                why = f"diffusers' own fails on this model, whose last block {path} returns no text to store"
+        elif name is None:
+            name, why = kind, "it is unknown here what it keeps from call to call"
+        elif kind == "FasterCacheDenoiserHook" and not hook.is_guidance_distilled:
+            why = (
+                "inside the model it drops the negative half of the batch, and rows and prompts per sample no longer "
+                "fit; is_guidance_distilled=True leaves the batch whole and works"
+            )
+        elif kind == "MagCacheHeadHook" and hook.config.calibrate:
+            why = "calibrate=True measures one model's steps; calibrate on the plain pipeline and pass mag_ratios"
+        elif any(module is m for m in adapted):
+            why = f"it stores the output of {path}, a layer that a LoRA adapts; exclude that layer from the cache"
+        if why:
+            raise ValueError(f"{name} cannot run under composition: {why}. Call disable_cache(), or change it")
+    return [hook for _, _, hook in found if hook._is_stateful]
+
+
+class Caches:
+    """The stores of one composition.
+
+    advances  how many steps of the scheduler the picture has made
+    calls     how many calls the pipeline has made of the denoiser in the picture
+    adapted   the modules that LoRAs act on
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        advances: Callable[[], Hashable],
+        calls: Callable[[], int],
+        adapted: Sequence[nn.Module] = (),
+    ):
+        self.denoiser, self.advances, self.calls, self.adapted = denoiser, advances, calls, list(adapted)
+        self._managers: list[tuple[Any, Any]] = []  # (hook, one of its StateManagers)
+        self._single: list[Any] = []  # hooks with one state for all contexts
+        self._own: list[Any] = []  # what those had before
+        self._forget()
+        self._find()
+
+    def new_picture(self) -> None:
+        """Forget everything; look again which caches the model has. Raises as check_caches."""
+        self.close()
+        self._find()
+
+    def close(self) -> None:
+        """Drop every store, and leave the caches as if they had never run."""
+        for _, manager in self._managers:
+            manager._state_cache.clear()
+        for hook, state in zip(self._single, self._own, strict=True):
+            hook.state = state
+            state.reset()
+        self._forget()
+
+    def _find(self) -> None:
+        hooks = check_caches(self.denoiser, self.adapted)
+        self._managers = [(h, v) for h in hooks for v in vars(h).values() if hasattr(v, "_state_cache")]
+        self._single = [h for h in hooks if "state" in vars(h)]
+        self._own = [h.state for h in self._single]
+
+    def _forget(self) -> None:
+        self._names: dict[Hashable, str] = {}
+        self._used: dict[str, int] = {}  # context -> the step that used it last
+        self._states: dict[str, list[Any]] = {}  # context -> states of the hooks in _single
+        self._made = 0
+        self._moment: Hashable = None
+        self._step, self._call, self._position = -1, -1, 0
+
+    @contextlib.contextmanager
+    def running(self, runs: Sequence[Hashable]) -> Iterator[None]:
+        """Around one call of the model: its stores are those of these runs, at this place of the step."""
+        if not self._managers and not self._single:
+            yield
+            return
+        self._tick()
+        own = next((manager._context for _, manager in self._managers if manager._context is not None), None)
+        key = (getattr(own, "name", None), self._position, tuple(runs))
+        if key in self._names and self._cooling():
+            self._drop(key)
+        if key not in self._names:
+            self._made += 1
+            self._names[key] = f"{key[0] or 'call'}/{self._position}/{self._made}"
+            self._states[self._names[key]] = [self._fresh(hook) for hook in self._single]
+        name = self._names[key]
+        new, self._used[name] = name not in self._used, self._step
+        with self._within(own, name, new):
+            yield
+
+    @contextlib.contextmanager
+    def _within(self, own: Any, name: str, new: bool) -> Iterator[None]:
+        from diffusers.hooks.hooks import CacheContext
+
+        context = CacheContext(name) if own is None else dataclasses.replace(own, name=name)
+        before = [manager._context for _, manager in self._managers]
+        try:
+            for hook, manager in self._managers:
+                manager.set_context(context)
+                if new and type(hook).__name__ == "MagCacheHeadHook":
+                    # Its ratios belong to steps of the picture; a row that comes late must not read the first ones.
+                    manager.get_state().step_index = self._step
+            for hook, state in zip(self._single, self._states[name], strict=True):
+                hook.state = state
+            yield
+        finally:
+            for (_, manager), context in zip(self._managers, before, strict=True):
+                manager.set_context(context)
+
+    def _tick(self) -> None:
+        """Which step this is and which call in it; at a new step, the stores that the last one left unused go."""
+        moment, call = self.advances(), self.calls()
+        if moment != self._moment:
+            for key in [k for k, name in self._names.items() if self._used[name] != self._step]:
+                self._drop(key)
+            self._moment, self._step, self._position = moment, self._step + 1, 0
+        elif call != self._call:
+            self._position += 1
+        self._call = call
+
+    def _drop(self, key: Hashable) -> None:
+        name = self._names.pop(key)
+        self._used.pop(name)
+        self._states.pop(name)
+        for _, manager in self._managers:
+            manager._state_cache.pop(name, None)
+
+    def _cooling(self) -> bool:
+        """TaylorSeer counts the steps of a store; its end of caching is meant in steps of the picture."""
+        ends = [getattr(hook, "disable_cache_after_step", None) for hook, _ in self._managers]
+        return any(end is not None and self._step >= end for end in ends)
+
+    @staticmethod
+    def _fresh(hook: Any) -> Any:
+        state = type(hook.state)()
+        if type(hook).__name__ == "FasterCacheBlockHook":
+            state.iteration = hook.block_skip_range  # at 0 it skips within its range of timesteps, with nothing stored
+        return state
