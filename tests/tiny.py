@@ -122,7 +122,7 @@ def seeded(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
         tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * std)
 
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             normal(layer.weight, gain / math.sqrt(layer.weight[0].numel()))
             if layer.bias is not None:
                 normal(layer.bias, 0.1)
