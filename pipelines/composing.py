@@ -34,6 +34,13 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     raise ValueError(f"{type(pipe).__name__} has no denoiser: wanted a component named {' or '.join(DENOISERS)}")
 
 
+def half_of(guider: Any) -> str | None:
+    """Half of the call that a diffusers guider has prepared, or None without a guider: it has a call per condition."""
+    if guider is None:
+        return None
+    return "positive" if guider.is_conditional else "negative"
+
+
 def member(
     pipe: Any,
     lora: Any,
@@ -204,6 +211,7 @@ def composing(
             passes_per_call=passes_per_call,
             cancel=cancel,
             guided=lambda: bool(getattr(pipe, "do_classifier_free_guidance", False)),
+            half=lambda: half_of(getattr(pipe, "guider", None)),
         )
         stack.callback(conductor.caches.close)
         stack.enter_context(intercepted(denoiser, conductor))

@@ -65,10 +65,12 @@ class Encodings:
     def listening(self) -> Iterator[Encodings]:
         """Stand in front of `pipe.encode_prompt` for the block."""
         original = getattr(self.pipe, "encode_prompt", None)
-        if original is None:
-            if self.components:
-                self._fall_back("this pipeline has no encode_prompt")
-            yield self
+        if original is None:  # a modular pipeline, whose text blocks run once
+            with contextlib.ExitStack() as stack:
+                if self.components:
+                    self._fall_back("this pipeline has no encode_prompt")
+                    self._attach(stack, self._start_row())
+                yield self
             return
         had = self.pipe.__dict__.get("encode_prompt")
 
@@ -119,13 +121,17 @@ class Encodings:
 
     def _encode(self, original: Callable, args: tuple, kwargs: dict, row: tuple[float, ...]) -> Any:
         with contextlib.ExitStack() as stack:
-            for encoder in self.encoders:  # another pipeline may share them
-                stack.enter_context(lane(encoder))
-            for component in self.components:
-                model = getattr(self.pipe, component)
-                bank = stack.enter_context(attached(model, [m.lora for m in self.members], component=component))
-                bank.row = row
+            self._attach(stack, row)
             return original(*args, **kwargs)
+
+    def _attach(self, stack: contextlib.ExitStack, row: tuple[float, ...]) -> None:
+        """The LoRAs' text-encoder parts under `row`, until the stack closes."""
+        for encoder in self.encoders:  # another pipeline may share them
+            stack.enter_context(lane(encoder))
+        for component in self.components:
+            model = getattr(self.pipe, component)
+            bank = stack.enter_context(attached(model, [m.lora for m in self.members], component=component))
+            bank.row = row
 
     def get(self, row: tuple[float, ...], call: int = 0) -> dict[str, Tensor]:
         """Encoding by name of the prompt of `encode_prompt`'s call number `call`, under the given row."""
