@@ -21,21 +21,33 @@ GROUPS = {
     "projection": r"(^|\.)attentions\.\d+\.proj_(in|out)$|(^|\.)time_emb_proj$",
 }
 TEXT = r"(^|\.)([qkv]_proj|out_proj|fc[12])$"
+# The same for language models, by the names of Llama, Qwen, GPT-2, OPT, BART and T5.
+TEXT_GROUPS = {
+    "attention": r"(^|\.)([qkvo]_proj|out_proj|qkv_proj|query_key_value|attn\.c_(attn|proj)|"
+    r"(SelfAttention|EncDecAttention)\.[qkvo])$",
+    "feed_forward": r"(^|\.)((gate|up|down|gate_up)_proj|fc[12]|mlp\.c_(fc|proj)|DenseReluDense\.w[io](_[01])?)$",
+}
 OUTSIDE = re.compile(r"^(conv_in|conv_out|time_embedding|add_embedding)\b")  # reached by "edges" only
 
 
-def chosen(denoiser: nn.Module, modules: str | Sequence[str] = "all") -> list[str]:
+def chosen(
+    denoiser: nn.Module, modules: str | Sequence[str] = "all", groups_of: Mapping[str, str] = GROUPS
+) -> list[str]:
     """The exact module paths to adapt: group names joined by "+" ("attention+feed_forward"), "all", or path endings.
+
+    groups_of is GROUPS or TEXT_GROUPS.
 
     Raises ValueError (UnknownName) for an unknown group and when nothing matches.
     """
-    linear = {path: m for path, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    kinds = (nn.Linear, nn.Conv2d)
+    # transformers keeps GPT-2's linears in a class of its own
+    linear = {p: m for p, m in denoiser.named_modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D"}
     if isinstance(modules, str):
-        groups = list(GROUPS) if modules == "all" else modules.split("+")
+        groups = list(groups_of) if modules == "all" else modules.split("+")
         for group in groups:
-            if group not in GROUPS:
-                raise unknown("module group", group, [*GROUPS, "all"])
-        pattern = re.compile("|".join(GROUPS[group] for group in groups))
+            if group not in groups_of:
+                raise unknown("module group", group, [*groups_of, "all"])
+        pattern = re.compile("|".join(groups_of[group] for group in groups))
         found = [path for path in linear if pattern.search(path) and not OUTSIDE.search(path)]
     else:
         found = [path for path in linear if any(path == end or path.endswith("." + end) for end in modules)]
@@ -90,17 +102,21 @@ def take_off(model: nn.Module) -> None:
 
 
 def read_out(components: Mapping[str, nn.Module], alpha: float) -> dict[str, Any]:
-    """The trained factors as {"unet.<path>": LowRank}, alpha folded by LowRank.from_factors."""
+    """The trained factors as {"unet.<path>": LowRank}, alpha folded by LowRank.from_factors.
+
+    The component "" is a bare model: plain paths.
+    """
     parts = {}
     for component, model in components.items():
         for path, layer in layers(model).items():
             down = layer.lora_A[ADAPTER].weight.detach().float().cpu().clone()
             up = layer.lora_B[ADAPTER].weight.detach().float().cpu().clone()
             kind = "conv" if down.ndim > 2 else "linear"
-            if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-                raise ValueError(f"training diverged: {component}.{path} holds values that are not finite; lower lr")
             path = path.removeprefix("text_model.") if component.startswith("text_encoder") else path
-            parts[f"{component}.{path}"] = LowRank.from_factors(
+            key = f"{component}.{path}" if component else path
+            if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+                raise ValueError(f"training diverged: {key} holds values that are not finite; lower lr")
+            parts[key] = LowRank.from_factors(
                 down, up.reshape(up.shape[0], up.shape[1]), alpha=alpha, kind=kind
             )
     return parts

@@ -24,6 +24,16 @@ def lr_at(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def forget(accelerator: Any) -> None:
+    """Accelerate keeps one precision per process; a later training may want another."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    accelerator.free_memory()
+    if accelerator.num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 class Order:
     """Which picture is sample number g: a fresh permutation an epoch, computable at any g."""
 

@@ -23,7 +23,7 @@ from multilora import files
 from multilora.lab.train import adapt
 from multilora.lab.train.cache import Store, encode_texts, latents_of, prior_examples
 from multilora.lab.train.data import Example, digest, read_folder, with_trigger
-from multilora.lab.train.loop import Run
+from multilora.lab.train.loop import Run, forget
 from multilora.lab.train.loss import Family, family_of_pipeline
 from multilora.lora import Card, Lora
 
@@ -161,7 +161,7 @@ def train(
         for parameter in others:
             parameter.requires_grad_(True)
         torch.random.set_rng_state(rng)
-        _forget(accelerator)
+        forget(accelerator)
     path = out
     if accelerator.is_main_process:
         lora = Lora(parts, _card(name, category, trigger, out, family))
@@ -252,16 +252,6 @@ def _accelerator(pipe: Any, family: Family, mixed_precision: str | None) -> Any:
     if accelerator.device != device and accelerator.num_processes > 1:
         pipe.to(accelerator.device)
     return accelerator
-
-
-def _forget(accelerator: Any) -> None:
-    """Accelerate keeps one precision per process; a later training may want another."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    accelerator.free_memory()
-    if accelerator.num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def _card(name: str | None, category: str, trigger: str | None, out: Path, family: Family) -> Card:
