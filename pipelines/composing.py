@@ -141,6 +141,16 @@ def members_of(pipe: Any, loras: Any, weights: Any = None) -> list[Member]:
     return [member(pipe, x, name=n, weight=w) for x, n, w in zip(items, names, weights, strict=True)]
 
 
+def check_run(scale: Any, passes_per_call: Any, cancel: Any) -> None:
+    """The arguments of a composition that belong to no LoRA and no method; ValueError naming the first bad one."""
+    if passes_per_call is not None and (type(passes_per_call) is not int or passes_per_call < 1):
+        raise ValueError(f"passes_per_call={passes_per_call!r}: wanted a whole number of at least 1, or None for all")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
+        raise ValueError(f"scale={scale!r}: a finite number is wanted")
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise ValueError(f"cancel={cancel!r}: wanted an object with is_set(), such as a threading.Event")
+
+
 @contextlib.contextmanager
 def composing(
     pipe: Any,
@@ -175,12 +185,7 @@ def composing(
     """
     component, denoiser = denoiser_of(pipe)
     bound = resolve("route", method, **options)
-    if passes_per_call is not None and (type(passes_per_call) is not int or passes_per_call < 1):
-        raise ValueError(f"passes_per_call={passes_per_call!r}: wanted a whole number of at least 1, or None for all")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
-        raise ValueError(f"scale={scale!r}: a finite number is wanted")
-    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-        raise ValueError(f"cancel={cancel!r}: wanted an object with is_set(), such as a threading.Event")
+    check_run(scale, passes_per_call, cancel)
     members = [m.scaled(float(scale)) for m in members_of(pipe, loras, weights)]
     members = [m for m in members if not m.weight.is_zero]
     encodings = Encodings(pipe, denoiser, members, text_encoder)
