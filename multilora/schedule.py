@@ -1,4 +1,4 @@
-"""Weight of a LoRA over the steps of a picture, and `<lora:name:weight>` tags in a prompt.
+"""Weight of a LoRA over the steps of a picture.
 
 A schedule is a number or points `weight@position`, joined by commas (or semicolons), in the order in which a run meets
 them. Between two points the weight moves on a straight line; before the first and after the last it stays. Two points
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-__all__ = ["LoraTag", "Schedule", "parse_prompt"]
+__all__ = ["Schedule"]
 
 LARGEST = 1e6  # of a weight: 1e30 is finite, and so is no picture that it makes
 FRACTION, STEP, SIGMA = "", "s", "sigma"
@@ -210,51 +210,3 @@ class Schedule:
         # Steps need their mark only where no position above 1 says it.
         unit = "" if self.unit == STEP and any(p > 1 for _, p in self.points) else self.unit
         return ",".join(f"{_short(w)}@{_short(p)}{unit}" for w, p in self.points)
-
-
-@dataclass(frozen=True)
-class LoraTag:
-    """One `<lora:name:weight>` of a prompt. text_encoder_weight None follows the weight."""
-
-    name: str
-    weight: Schedule
-    text_encoder_weight: float | None = None
-
-
-_TAG = re.compile(r"<lora:([^<>]*)>")
-_TAG_LIKE = re.compile(r"<\s*lora\s*[:>]", re.IGNORECASE)
-
-
-def parse_prompt(text: str) -> tuple[str, list[LoraTag]]:
-    """The prompt without its `<lora:name>`, `<lora:name:0.8>`, `<lora:name:0@0,1@0.5>` tags, and the tags in order.
-
-    A tag goes with one of the blanks around it; nothing else of the prompt changes. The weight is 1 when not given.
-    Raises ValueError that shows the tag: no name, a weight that is no schedule, more fields than these, no `>`.
-    """
-    found = list(_TAG.finditer(text))
-    whole = {match.start() for match in found}
-    for match in _TAG_LIKE.finditer(text):
-        if match.start() not in whole:
-            shown = text[match.start() :][:60]
-            raise ValueError(f"LoRA tag {shown!r} is broken: wanted <lora:name> or <lora:name:0.8>, in lower case")
-    tags = [_tag(match) for match in found]
-    for match in reversed(found):
-        left, right = text[: match.start()], text[match.end() :]
-        if not left or left[-1].isspace():
-            right = right[1:] if right[:1].isspace() else right
-            left = left if right else left.rstrip()
-        text = left + right
-    return text, tags
-
-
-def _tag(match: re.Match[str]) -> LoraTag:
-    shown = match.group()
-    name, *fields = (field.strip() for field in match.group(1).split(":"))
-    if not name:
-        raise ValueError(f"LoRA tag {shown!r} has no name: wanted <lora:name> or <lora:name:0.8>")
-    if len(fields) > 1:
-        raise ValueError(f"LoRA tag {shown!r} has {len(fields)} values after the name: wanted one weight at most")
-    try:
-        return LoraTag(name, Schedule.parse(fields[0] if fields else 1.0))
-    except ValueError as error:
-        raise ValueError(f"LoRA tag {shown!r}: {error}") from None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from multilora import files
+from multilora import files, lbw
 from multilora.attach import attached, loaded
 from multilora.lora import Lora
 from multilora.method import Bound, Method, resolve
@@ -21,6 +22,7 @@ from multilora.pipelines.members import Member, read_mask
 from multilora.pipelines.prompt import Encodings
 from multilora.schedule import Schedule
 from multilora.sites import block_factors, canonical
+from multilora.tags import LoraTag
 
 DENOISERS = ("unet", "transformer")
 
@@ -48,14 +50,15 @@ def member(
     name: str | None = None,
     weight: Any = None,
     text_encoder_weight: float | None = None,
-    blocks: Mapping[str, float] | None = None,
+    blocks: Mapping[str, Any] | str | None = None,
     positive_only: bool = False,
     mask: Any = None,
 ) -> Member:
     """A Member from a Lora, a path, a library name, or the name of an adapter that diffusers loaded into `pipe`.
 
-    The options are checked here, before anything is attached; see Member for what they mean. Raises ValueError naming
-    the option, its value and what is allowed.
+    The options are checked here, before anything is attached; see Member for what they mean. `blocks` may also be an
+    lbw string ("OUTALL"), or have it under the key "lbw": see multilora.lbw.expanded. Raises ValueError naming the
+    option, its value and what is allowed.
     """
     reference = ""
     if isinstance(lora, Member):
@@ -91,8 +94,13 @@ def member(
     except ValueError as error:
         raise ValueError(f"weight of LoRA {name!r}: {error}") from None
     factors = {}
-    if blocks is not None and not isinstance(blocks, Mapping):
+    if blocks is not None and not isinstance(blocks, (Mapping, str)):
         raise ValueError(f"blocks={blocks!r} of LoRA {name!r}: wanted a dict of module path or glob -> factor")
+    component, denoiser = denoiser_of(pipe)
+    if blocks:
+        blocks, text_factor = lbw.expanded(blocks, lora, denoiser, component, f"LoRA {name!r}")
+        if text_factor != 1.0:
+            text_encoder_weight = text_factor * (schedule.peak if text_encoder_weight is None else text_encoder_weight)
     for pattern, factor in (blocks or {}).items():
         try:
             constant = Schedule.parse(factor).constant
@@ -101,11 +109,26 @@ def member(
         if constant is None:
             raise ValueError(f"block {pattern!r} of LoRA {name!r}: a number is wanted, got {factor!r}")
         factors[str(pattern)] = constant
-    block_factors([canonical(path) for path in lora.part(denoiser_of(pipe)[0])], factors, f"LoRA {name!r}")
+    block_factors([canonical(path) for path in lora.part(component)], factors, f"LoRA {name!r}")
     grid, mask_reference = read_mask(mask, name)
     return Member(
         lora, name, schedule, text_encoder_weight, factors, bool(positive_only), grid, reference, mask_reference
     )
+
+
+def tagged(pipe: Any, tag: LoraTag, known: Member | None = None) -> Member:
+    """The Member that a prompt's tag asks for: a new one, or `known` with what the tag says in place of its own.
+
+    Raises ValueError as `member` does.
+    """
+    if known is None:
+        options = {"text_encoder_weight": tag.text_encoder_weight, "blocks": tag.blocks or None}
+        return member(pipe, tag.name, weight=tag.weight, **options)
+    text = known.text_encoder_weight if tag.text_encoder_weight is None else tag.text_encoder_weight
+    if not tag.blocks:
+        return replace(known, weight=tag.weight, text_encoder_weight=text)
+    new = member(pipe, known.lora, name=known.name, weight=tag.weight, text_encoder_weight=text, blocks=tag.blocks)
+    return replace(known, weight=new.weight, text_encoder_weight=new.text_encoder_weight, blocks=new.blocks)
 
 
 def adapters_of(pipe: Any) -> dict[str, tuple[Lora, float]]:

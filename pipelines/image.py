@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
@@ -18,7 +17,7 @@ import torch
 from multilora import files
 from multilora.method import Bound, Method, resolve, unknown
 from multilora.pipelines.clock import Clock, step_clock
-from multilora.pipelines.composing import adapters_of, composing, denoiser_of, member
+from multilora.pipelines.composing import adapters_of, composing, denoiser_of, member, tagged
 from multilora.pipelines.denoise import Cancelled, Conductor, intercepted
 from multilora.pipelines.inputs import bound_arguments
 from multilora.pipelines.lanes import lane
@@ -26,7 +25,7 @@ from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_pipeline
 from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.preview import preview as latent_preview
 from multilora.recipe import LoraUse, Recipe, Resolved
-from multilora.schedule import parse_prompt
+from multilora.tags import parse_prompt
 
 __all__ = ["Cancelled", "Composed", "Composer", "composing"]
 
@@ -127,11 +126,7 @@ class Composer:
         clean, tags = parse_prompt(prompt)
         members = dict(self.loras)
         for tag in tags:
-            if tag.name in members:
-                members[tag.name] = dataclasses.replace(members[tag.name], weight=tag.weight)
-            else:
-                new = member(self.pipe, tag.name, weight=tag.weight, text_encoder_weight=tag.text_encoder_weight)
-                members[tag.name] = new
+            members[tag.name] = tagged(self.pipe, tag, members.get(tag.name))
         return clean, list(members.values())
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ called, and call it again under another row when a pass needs that.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class Encodings:
         self.components = [c for c in present if any(m.lora.part(c) for m in self.members)]
         self.calls: list[tuple[tuple, dict]] = []
         self._cache: dict[tuple[int, tuple[float, ...]], dict[str, Tensor]] = {}
+        self._edited: dict[str, dict[str, Any]] = {}
         self._fallback = ""
         self.pictures = 0  # pictures that the pipeline encodes for, 0 while unknown
         self.used = False  # set by the denoiser: the next encode_prompt belongs to a new picture
@@ -90,6 +92,7 @@ class Encodings:
     def _restart(self) -> None:
         self.calls.clear()
         self._cache.clear()
+        self._edited.clear()
         self._fallback = ""
         self.pictures, self.used = 0, False
 
@@ -140,3 +143,38 @@ class Encodings:
             args, kwargs = self.calls[call]
             self._cache[key] = encodings_of(self.denoiser, self._encode(self._original, args, kwargs, row))
         return self._cache[key]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The texts of the first call, "prompt" before "prompt_2"; none where only embeddings are known."""
+        if not any(call == 0 for call, _ in self._cache):
+            return []
+        return [text for value in self._texts().values() for text in ([value] if isinstance(value, str) else value)]
+
+    def encoded(self, edit: Callable[[str], str]) -> dict[str, Any]:
+        """Embeddings by name of the first call's texts as `edit` changes them, with no LoRA in the text encoders."""
+        texts = {
+            name: edit(value) if isinstance(value, str) else [edit(text) for text in value]
+            for name, value in self._texts().items()
+        }
+        key = repr(texts)
+        if key not in self._edited:
+            args, kwargs = self.calls[0]
+            given = inspect.signature(self._original).bind(*args, **kwargs)
+            given.arguments.update(texts)
+            none = self.row([0.0] * len(self.members))
+            named = encodings_of(self.denoiser, self._encode(self._original, given.args, given.kwargs, none)) or {}
+            positive = {n: v for n, v in named.items() if not n.startswith("negative")}
+            self._edited[key] = {n: v for n, v in positive.items() if "embeds" in n}
+        return self._edited[key]
+
+    def _texts(self) -> dict[str, Any]:
+        """Arguments of the first call that hold texts: a string or a list of strings by name."""
+        args, kwargs = self.calls[0]
+        given = inspect.signature(self._original).bind(*args, **kwargs).arguments
+        found = {name: given.get(name) for name in ("prompt", "prompt_2", "prompt_3")}
+        return {name: value for name, value in found.items() if value and _is_text(value)}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value))

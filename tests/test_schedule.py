@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multilora.schedule import LoraTag, Schedule, parse_prompt
+from multilora.schedule import Schedule
+from multilora.tags import LoraTag, parse_prompt
 
 
 def curve(value, steps, sigmas=None):
@@ -176,7 +177,7 @@ def test_tags_are_taken_out_of_the_prompt(prompt, clean, tags):
 @pytest.mark.parametrize(
     "bad",
     ["<lora:>", "<lora::0.8>", "<lora:fox:loud>", "<lora:fox:nan>", "<lora:fox:", "<lora:fox:0.8", "<LORA:fox:1>"]
-    + ["< lora:fox:1>", "<lora>", "<lora:fox:1:0.5>", "<lora:fox:1@0.5,0@0.1>", "<lora:a<lora:b>"],
+    + ["< lora:fox:1>", "<lora>", "<lora:fox:1:0.5:0.2>", "<lora:fox:1@0.5,0@0.1>", "<lora:a<lora:b>"],
 )
 def test_broken_tags_are_shown(bad):
     with pytest.raises(ValueError) as caught:

@@ -28,6 +28,7 @@ class Order:
     compare: bool
     singles: bool
     base: str
+    presets: Path | None = None  # file of the user's own lbw presets
     alone: dict[str, str] = field(default_factory=dict)  # prompts of singles by LoRA ("": the base); else the prompt
 
 
@@ -36,8 +37,9 @@ def filled(order: Order, request: dict[str, Any]) -> Order:
 
     Raises ValueError when there are LoRAs and no prompt.
     """
+    from multilora import lbw
     from multilora.pipelines.load import EMBEDDED, library
-    from multilora.schedule import parse_prompt
+    from multilora.tags import parse_prompt
 
     if order.prompt is None:
         if order.loras or order.base != EMBEDDED:
@@ -54,9 +56,21 @@ def filled(order: Order, request: dict[str, Any]) -> Order:
             singles=sheet,
             alone=demo.alone(library(), names),
         )
-    text, tags = parse_prompt(order.prompt)
+    presets = lbw.read_presets(order.presets) if order.presets else {}
+    text, tags = parse_prompt(order.prompt, presets)
     tagged = [arguments.LoraArgument(tag.name, None, str(tag.weight)) for tag in tags]
-    return replace(order, prompt=text, loras=[*order.loras, *tagged], methods=order.methods or ["merge"])
+    options = {name: dict(own) for name, own in order.lora_options.items()}
+    for tag in tags:
+        own = {"text_encoder_weight": tag.text_encoder_weight, "blocks": dict(tag.blocks)}
+        options[tag.name] = {**options.get(tag.name, {}), **{k: v for k, v in own.items() if v not in (None, {})}}
+    for name, own in options.items():
+        if "lbw" in own.get("blocks", {}):
+            try:
+                own["blocks"] = {**own["blocks"], "lbw": lbw.checked(own["blocks"]["lbw"], presets)}
+            except ValueError as error:
+                raise ValueError(f"--block {name}:lbw={own['blocks']['lbw']}: {error}") from None
+    methods = order.methods or ["merge"]
+    return replace(order, prompt=text, loras=[*order.loras, *tagged], lora_options=options, methods=methods)
 
 
 def fresh(order: Order, request: dict[str, Any], device: str | None, out: Path) -> tuple[list[Taken], Path | None]:
