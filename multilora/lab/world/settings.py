@@ -75,3 +75,32 @@ SMOKE = replace(
     sample_steps=2,
     processes=2,
 )
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The embedded text model and its LoRAs."""
+
+    # a Llama of about 0.9 M parameters
+    width: int = 128
+    inner: int = 384
+    layers: int = 4
+    heads: int = 4
+    positions: int = 96
+    # base training
+    examples: int = 480_000
+    chunk: int = 4_096  # examples drawn, and checkpointed, at once
+    batch: int = 64
+    rate: float = 2.5e-3
+    warmup: int = 200
+    decay: float = 0.05
+    clip: float = 1.0
+    checkpoint_minutes: float = 2.0
+    # (progress from which it holds, share of right answers to the weak skills): the base learns them, then to be careless
+    right: tuple = ((0.0, 0.9), (0.65, 0.3))
+    registers: tuple = (("plain", 0.5), ("rude", 0.35), ("polite", 0.15))
+    seed: int = 0
+
+
+TEXT_FULL = TextSettings()
+TEXT_SMOKE = replace(TEXT_FULL, examples=256, chunk=128, batch=16, warmup=2)
