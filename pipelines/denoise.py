@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from multilora.method import Bound
 from multilora.pipelines import inputs
 from multilora.pipelines.caching import Caches
+from multilora.pipelines.families import TABLE
 from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.prompt import Encodings
 from multilora.plan import Moment, Pass, shares
@@ -99,6 +101,7 @@ class Conductor:
         self.forward = inner.forward
         self.table = inputs.inputs_of(denoiser)
         self.family = inputs.class_name(denoiser)
+        self.alone = inputs.alone(denoiser, bank.paths)
         self.bank, self.members, self.bound, self.clock, self.encodings = bank, list(members), bound, clock, encodings
         self.passes_per_call, self.cancel, self.guided, self.half = passes_per_call, cancel, guided, half
         self.caches = Caches(
@@ -113,13 +116,13 @@ class Conductor:
         if positive and self.table is None:
             raise ValueError(
                 f"positive_only of LoRA {positive[0]!r}: {self.family} is not in the table of denoiser arguments, so "
-                f"its negative half is unknown; known are {', '.join(sorted(inputs.TABLE))}"
+                f"its negative half is unknown; known are {', '.join(sorted(TABLE))}"
             )
 
     def __call__(self, model: Callable, args: tuple, kwargs: dict) -> Any:
         arguments = inputs.bound_arguments(self.forward, args, kwargs)
         self._check_cancel()
-        step = self.clock.call(arguments.get("timestep"))
+        step = self.clock.call(arguments.get(self.table.time if self.table else "timestep"))
         new_picture = len(self.clock.calls) == 1 or self._plan is None
         if new_picture:
             self._plan = self.bound([m.lora for m in self.members])
@@ -128,7 +131,7 @@ class Conductor:
             self._where = (-1, -1)
             self.caches.new_picture()
             self.bank.reset_calls()
-        self.encodings.used = True
+        self.encodings.begins(new_picture)
         # Position of this call among the calls between two scheduler steps: 1 is the separate negative call.
         key, seen = self._where
         self._where = (self.clock.advances, seen + 1 if key == self.clock.advances else 0)
@@ -220,7 +223,7 @@ class Conductor:
                 raise ValueError(f"mask of LoRA {self.members[owner].name!r}: {self.family} is not in the table")
             size = inputs.grid(self.table, arguments)
             fitted = fit_mask(self.members[owner].mask, size, self.members[owner].name)
-            self._masks[owner] = inputs.spread(self.table, fitted)
+            self._masks[owner] = inputs.spread(self.table, fitted, arguments)
         return self._masks[owner]
 
     # -- running the model --------------------------------------------------------------------------------------
@@ -234,7 +237,7 @@ class Conductor:
                 own = arguments if i == len(runs) - 1 else inputs.copied(arguments)
                 outputs.append(self._run_batch(model, own, [run])[0])
             return outputs
-        size = self.passes_per_call or len(runs)
+        size = 1 if self.alone else self.passes_per_call or len(runs)
         outputs = []
         for start in range(0, len(runs), size):
             self._check_cancel()
@@ -243,74 +246,93 @@ class Conductor:
 
     def _run_batch(self, model: Callable, arguments: dict, runs: list[_Run]) -> list[Any]:
         halves = self._halves(arguments)
-        arguments = self._with_text(arguments, runs, halves)
+        texts = [self._texts(arguments, run, halves) for run in runs]
+        if any(inputs.shapes(t) != inputs.shapes(texts[0]) for t in texts) and self.table.layout != "list":
+            return [self._run_batch(model, arguments, [run])[0] for run in runs]
         times = len(runs)
-        positive = [m.positive_only for m in self.members]
+        if self.table is not None:
+            arguments = inputs.repeat(self.table, arguments, times)
+        for path in texts[0]:
+            inputs.put(arguments, path, inputs.joined([t[path] for t in texts]))
         if callable(runs[0].row):
             self.bank.gate = runs[0].row
-        else:
-            self.bank.gate = None
-            rows = [[self._positive(r.row, h, positive) for h in halves] for r in runs]
-            flat = [row for per_run in rows for row in per_run]
-            same = all(row == flat[0] for row in flat)
-            self.bank.row = flat[0] if same else torch.tensor(flat, dtype=torch.float64)
-        if times == 1:
             with self.caches.running(runs):
                 return [model(**arguments)]
-        repeated = {n: inputs.repeat(v, times) if n in self.table.per_sample else v for n, v in arguments.items()}
-        for path in self._texted(arguments):  # already holds every run's own encoding
-            inputs.put(repeated, path, inputs.get(arguments, path))
+        self.bank.gate = None
+        rows = [self._positive(r.row, h) for r in runs for h in halves]
+        if self.alone and self.table is not None and len(set(rows)) > 1:
+            return [self._run_parts(model, arguments, runs, rows)]
+        self.bank.row = rows[0] if len(set(rows)) == 1 else torch.tensor(rows, dtype=torch.float64)
         with self.caches.running(runs):
-            return _split(model(**repeated), times)
+            output = model(**arguments)
+        return [output] if times == 1 else _split(output, times)
 
-    @staticmethod
-    def _positive(row: Sequence[float], half: str, positive: Sequence[bool]) -> tuple[float, ...]:
-        if half != "negative" or not any(positive):
+    def _run_parts(self, model: Callable, arguments: dict, runs: list[_Run], rows: list[tuple]) -> Any:
+        """One run whose samples have different rows, on a model that takes one row a call: row by row."""
+        outputs, start = [], 0
+        for row, same in itertools.groupby(rows):
+            stop = start + len(list(same))
+            self.bank.row = row
+            with self.caches.running([*runs, start]):
+                outputs.append(model(**inputs.part(self.table, arguments, start, stop)))
+            start = stop
+        return _answer(outputs[0], inputs.joined([_prediction(o) for o in outputs]))
+
+    def _positive(self, row: Sequence[float], half: str) -> tuple[float, ...]:
+        if half != "negative":
             return tuple(row)
-        return tuple(0.0 if only else v for v, only in zip(row, positive, strict=True))
+        return tuple(0.0 if m.positive_only else v for v, m in zip(row, self.members, strict=True))
 
     def _halves(self, arguments: dict) -> list[str]:
-        """[B] "negative" or "positive" for each sample of this call."""
+        """[B] "negative" or "positive" for each sample of this call; "" where that is not known."""
         if self.table is None:
             return [""]
-        batch = arguments[self.table.sample].shape[0]
+        batch = inputs.batch_of(self.table, arguments)
         half = self.half()
         if half is not None:
             return [half] * batch
         if self.table.negative == "second":
-            return ["negative" if self._where[1] % 2 == 1 else "positive"] * batch
+            negative = self._where[1] % 2 == 1 and len(self.encodings.calls) != 1
+            return ["negative" if negative else "positive"] * batch
+        if not self.encodings.swaps and not any(m.positive_only for m in self.members):
+            return [""] * batch  # nobody asks
         pictures = self.encodings.pictures
-        guided = batch == 2 * pictures if pictures else self.guided() and batch % 2 == 0
-        return ["negative"] * (batch // 2) + ["positive"] * (batch // 2) if guided else ["positive"] * batch
+        if pictures:
+            guided = batch == 2 * pictures
+            if batch not in (pictures, 2 * pictures):
+                return self._unknown_halves(batch)
+        else:
+            guided = self.guided() and inputs.same_halves(self.table, arguments)
+        if not guided:
+            return ["positive"] * batch
+        order = ("negative", "positive") if self.table.negative == "first" else ("positive", "negative")
+        return [half for half in order for _ in range(batch // 2)]
 
-    def _texted(self, arguments: dict) -> list[str]:
-        if not self.encodings.swaps or self.table is None or not self.encodings.calls:
-            return []
-        return [path for path in self.table.text if inputs.get(arguments, path) is not None]
+    def _unknown_halves(self, batch: int) -> list[str]:
+        why = f"{self.family} is called with {batch} samples for {self.encodings.pictures} pictures"
+        positive = [m.name for m in self.members if m.positive_only]
+        if positive:
+            raise ValueError(f"positive_only of LoRA {positive[0]!r}: {why}, so its negative part is unknown")
+        self.encodings.fall_back(why)
+        return [""] * batch
 
-    def _with_text(self, arguments: dict, runs: list[_Run], halves: list[str]) -> dict:
-        """The arguments with each run's own prompt encoding, concatenated over runs."""
-        paths = self._texted(arguments)
-        if not paths:
-            return arguments
-        arguments = dict(arguments)
-        positive = [m.positive_only for m in self.members]
-        for path in paths:
-            name = self.table.text[path]
-            blocks = []
-            for run in runs:
-                if self.table.negative == "second":
-                    call = 1 if halves[0] == "negative" else 0
-                    row = self._positive(run.text, halves[0], positive)
-                    blocks.append(self.encodings.get(row, call)[name])
-                    continue
-                if halves[0] == "negative":
-                    row = self._positive(run.text, "negative", positive)
-                    blocks.append(self.encodings.get(row)[f"negative_{name}"])
-                blocks.append(self.encodings.get(run.text)[name])
+    def _texts(self, arguments: dict, run: _Run, halves: list[str]) -> dict[str, Any]:
+        """The run's own prompt encoding by argument, for all samples; empty when all runs take the call's."""
+        if self.table is None or not self.encodings.swaps:
+            return {}
+        groups = [(half, len(list(same))) for half, same in itertools.groupby(halves)]
+        found = {}
+        for path, name in self.table.text.items():
+            parts = []
+            for half, samples in groups:
+                row, second = self._positive(run.text, half), self.table.negative == "second"
+                encoding = self.encodings.get(row, 1 if second and half == "negative" else 0)
+                value = encoding.get(name if second or half != "negative" else f"negative_{name}")
+                parts.append(None if value is None else inputs.fitted(value, samples))
             like = inputs.get(arguments, path)
-            inputs.put(arguments, path, torch.cat(blocks).to(like))
-        return arguments
+            if like is not None or parts[0] is not None:
+                found[path] = inputs.alike(inputs.joined(parts), arguments[self.table.sample])
+        return found
 
 
 def _index(runs: list[_Run], run: _Run) -> int:

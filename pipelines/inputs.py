@@ -1,101 +1,19 @@
-"""The table of denoiser arguments: which are one entry per sample, which are shared, which hold the prompt.
+"""The arguments of one denoiser call, by the table of families: by name, for several passes at once, for one half.
 
-A denoiser class or an argument that is not in the table is run in turn on copied inputs: dimension 0 is never guessed
-to be the batch. Adding a family is adding a row.
+What the table does not know is run in turn on copied inputs.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """How one denoiser class takes its arguments.
-
-    sample        the argument with the latents; its dimension 0 is the batch B
-    per_sample    arguments with one entry per sample in dimension 0 (tensors, or dicts, lists, tuples of them); a
-                  tensor without dimensions counts as shared
-    shared        arguments that are the same for every sample
-    text          argument (dict entries as "arg.key") -> name of the prompt encoding that it holds
-    negative      "first": guided calls carry the negative half first in one batch; "second": the negative prompt has
-                  its own call, after the positive one
-    layout        "spatial": predictions are [B, C, h, w]; "packed": [B, h * w, C] with positions in img_ids
-    """
-
-    sample: str
-    per_sample: frozenset[str]
-    shared: frozenset[str]
-    text: Mapping[str, str] = field(default_factory=dict)
-    negative: str = "first"
-    layout: str = "spatial"
-
-
-_UNET = Inputs(
-    sample="sample",
-    per_sample=frozenset(
-        {
-            "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask",
-            "added_cond_kwargs", "down_block_additional_residuals", "mid_block_additional_residual",
-            "down_intrablock_additional_residuals", "encoder_attention_mask",
-        }
-    ),
-    shared=frozenset({"return_dict", "cross_attention_kwargs"}),
-    text={"encoder_hidden_states": "prompt_embeds", "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"},
-)
-_SD3 = Inputs(
-    sample="hidden_states",
-    per_sample=frozenset(
-        {
-            "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep",
-            "block_controlnet_hidden_states",
-        }
-    ),
-    shared=frozenset({"return_dict", "joint_attention_kwargs", "skip_layers"}),
-    text={"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"},
-)
-_FLUX = Inputs(
-    sample="hidden_states",
-    per_sample=frozenset(
-        {
-            "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance",
-            "controlnet_block_samples", "controlnet_single_block_samples",
-        }
-    ),
-    shared=frozenset({"return_dict", "joint_attention_kwargs", "img_ids", "txt_ids", "controlnet_blocks_repeat"}),
-    text={"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"},
-    negative="second",
-    layout="packed",
-)
-TABLE: dict[str, Inputs] = {
-    "UNet2DConditionModel": _UNET,
-    "SD3Transformer2DModel": _SD3,
-    "FluxTransformer2DModel": _FLUX,
-}
-
-# What `encode_prompt` returns, by the order of its return values.
-ENCODINGS: dict[str, tuple[str, ...]] = {
-    "UNet2DConditionModel": ("prompt_embeds", "negative_prompt_embeds"),
-    "UNet2DConditionModel+pooled": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "SD3Transformer2DModel": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "FluxTransformer2DModel": ("prompt_embeds", "pooled_prompt_embeds", "text_ids"),
-}
+from multilora.pipelines.families import ENCODINGS, TABLE, Inputs
 
 
 def class_name(denoiser: torch.nn.Module) -> str:
@@ -109,13 +27,27 @@ def inputs_of(denoiser: torch.nn.Module) -> Inputs | None:
     return TABLE.get(class_name(denoiser))
 
 
-def encodings_of(denoiser: torch.nn.Module, returned: Sequence[Any]) -> dict[str, Tensor] | None:
-    """What `encode_prompt` returned, by name; None for a family that is not in the table. None values are left out."""
+def alone(denoiser: torch.nn.Module, paths: Sequence[str]) -> bool:
+    """Whether LoRAs on these module paths allow one row per run of the model only, so that passes run in turn."""
+    table = inputs_of(denoiser)
+    if table is None:
+        return True
+    config = getattr(getattr(denoiser, "_orig_mod", denoiser), "config", None) or {}
+    doubled = any(config.get(name) for name in table.in_turn)
+    return doubled or any(fnmatchcase(path, glob) for path in paths for glob in table.joined)
+
+
+def encodings_of(denoiser: torch.nn.Module, returned: Sequence[Any]) -> dict[str, Any] | None:
+    """What `encode_prompt` returned, by name: tensors or lists of them. None for a family that is not in the table.
+
+    None values and empty lists are left out.
+    """
     name = class_name(denoiser)
     names = ENCODINGS.get(name + "+pooled" if name == "UNet2DConditionModel" and len(returned) == 4 else name)
     if names is None or len(names) != len(returned):
         return None
-    return {n: v for n, v in zip(names, returned, strict=True) if isinstance(v, Tensor)}
+    found = zip(names, returned, strict=True)
+    return {n: v for n, v in found if isinstance(v, Tensor) or (isinstance(v, list) and v)}
 
 
 def bound_arguments(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,33 +60,98 @@ def bound_arguments(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     return {**arguments, **extra}
 
 
+def batch_of(table: Inputs, arguments: Mapping[str, Any]) -> int:
+    """How many samples the call has."""
+    sample = arguments[table.sample]
+    return len(sample) if isinstance(sample, list) else sample.shape[0]
+
+
 def batchable(table: Inputs | None, arguments: Mapping[str, Any]) -> bool:
-    """Whether several passes of this call can run as one batch: the class and every used argument are in the table."""
+    """Whether several passes of this call can run as one batch: the class and every argument in use are in the table
+    and as the table says."""
     if table is None:
         return False
-    known = table.per_sample | table.shared
-    return all(value is None or name in known for name, value in arguments.items())
+    batch = batch_of(table, arguments)
+    for path, value in _entries(table, arguments):
+        if path in table.lists:
+            if not isinstance(value, list) or len(value) != batch or any(isinstance(v, list) for v in value):
+                return False
+        elif path in table.per_sample:
+            if any(t.ndim and t.shape[0] not in (1, batch) for t in _tensors(value)):
+                return False
+        elif path not in table.shared:
+            return False
+    return True
 
 
-def repeat(value: Any, times: int) -> Any:
-    """A per-sample argument for `times` passes: [B, ...] -> [times * B, ...], inside dicts, lists and tuples too."""
+def _entries(table: Inputs, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(path, value) of every argument in use; dicts that the table knows by their entries come as these."""
+    known = table.per_sample | table.shared | table.lists
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        if isinstance(value, Mapping) and name not in known:
+            yield from ((f"{name}.{key}", entry) for key, entry in value.items() if entry is not None)
+        else:
+            yield name, value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value if value.ndim == 0 else value.repeat(times, *[1] * (value.ndim - 1))
-    if isinstance(value, dict):
-        return {k: repeat(v, times) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(repeat(v, times) for v in value)
-    return value
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
 
 
-def copied(value: Any) -> Any:
-    """The same argument with its own tensors and containers: a pass that consumes or writes it leaves the original."""
+def repeat(table: Inputs, arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """The arguments for `times` passes as one batch: [B, ...] -> [times * B, ...], lists likewise. Containers are new,
+    so that a model may consume them."""
+    if times == 1:
+        return copied(dict(arguments), lambda t: t)
+    batch = batch_of(table, arguments)
+
+    def again(t: Tensor) -> Tensor:
+        return t.repeat(times, *[1] * (t.ndim - 1)) if t.ndim and t.shape[0] == batch else t
+
+    return _per_sample(table, arguments, again, lambda entries: entries * times)
+
+
+def part(table: Inputs, arguments: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The arguments of the samples from `start` up to `stop`."""
+    batch = batch_of(table, arguments)
+
+    def cut(t: Tensor) -> Tensor:
+        return t[start:stop] if t.ndim and t.shape[0] == batch else t
+
+    return _per_sample(table, arguments, cut, lambda entries: entries[start:stop])
+
+
+def _per_sample(
+    table: Inputs, arguments: Mapping[str, Any], of_tensor: Callable[[Tensor], Tensor], of_list: Callable[[list], list]
+) -> dict[str, Any]:
+    result = copied(dict(arguments), lambda t: t)
+    for path, value in _entries(table, arguments):
+        if path in table.lists:
+            put(result, path, of_list(value))
+        elif path in table.per_sample:
+            put(result, path, copied(value, of_tensor))
+    return result
+
+
+def copied(value: Any, tensor: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
+    """The same argument with its own containers and `tensor(t)` for its tensors: what consumes or writes it leaves the
+    original."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return tensor(value)
     if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
+        return {k: copied(v, tensor) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(copied(v) for v in value)
+        entries = [copied(v, tensor) for v in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     return value
 
 
@@ -171,15 +168,59 @@ def get(arguments: Mapping[str, Any], path: str) -> Any:
     return value.get(key) if key and isinstance(value, Mapping) else None if key else value
 
 
+def joined(values: Sequence[Any]) -> Any:
+    """Per-sample values one after the other: tensors along dimension 0, lists end to end."""
+    if values[0] is None:
+        return None
+    if isinstance(values[0], list):
+        return [entry for value in values for entry in value]
+    return values[0] if len(values) == 1 else torch.cat(list(values))
+
+
+def fitted(value: Any, samples: int) -> Any:
+    """An encoding of n prompts for `samples` samples: each prompt's entry once per picture of it, side by side."""
+    times = samples // len(value)
+    if times == 1:
+        return value
+    if isinstance(value, list):
+        return [entry for entry in value for _ in range(times)]
+    return value.repeat_interleave(times, dim=0)
+
+
+def alike(value: Any, sample: Any) -> Any:
+    """A prompt encoding on the device of the latents and, where it is numbers, in their dtype."""
+    like = sample[0] if isinstance(sample, list) else sample
+    return copied(value, lambda t: t.to(like) if t.is_floating_point() else t.to(like.device))
+
+
+def shapes(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in _tensors(value)]
+
+
+def same_halves(table: Inputs, arguments: Mapping[str, Any]) -> bool:
+    """Whether the first half of the samples has the same latents as the second, as guided calls have."""
+    sample = arguments[table.sample]
+    half, odd = divmod(batch_of(table, arguments), 2)
+    return not odd and all(torch.equal(a, b) for a, b in zip(sample[:half], sample[half:], strict=True))
+
+
 def grid(table: Inputs, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """(h, w) of the prediction in latent positions."""
-    if table.layout == "spatial":
-        return tuple(arguments[table.sample].shape[-2:])
+    sample = arguments[table.sample]
+    if table.layout != "packed":
+        return tuple((sample[0] if isinstance(sample, list) else sample).shape[-2:])
+    if "img_shapes" in arguments:  # (frames, h, w) of the picture, then of what it refers to
+        first = arguments["img_shapes"][0]
+        return tuple((first[0] if isinstance(first, list) else first)[-2:])
     ids = arguments["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
-    return int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
+    own = ids[ids[:, 0] == 0]  # a picture that it refers to has another number here
+    return int(own[:, 1].max()) + 1, int(own[:, 2].max()) + 1
 
 
-def spread(table: Inputs, mask: Tensor) -> Tensor:
-    """A mask [h, w] in the layout of a prediction: [1, 1, h, w] or [1, h * w, 1]."""
-    return mask[None, None] if table.layout == "spatial" else mask.reshape(1, -1, 1)
+def spread(table: Inputs, mask: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """A mask [h, w] in the layout of a prediction: [1, 1, h, w], or [1, tokens, 1] with 0 beyond the picture's own."""
+    if table.layout != "packed":
+        return mask[None, None]
+    tokens = arguments[table.sample].shape[1]
+    return torch.nn.functional.pad(mask.reshape(-1), (0, tokens - mask.numel())).reshape(1, -1, 1)

@@ -16,12 +16,16 @@ from torch import Tensor
 
 from multilora.attach import attached
 from multilora.method import unknown
-from multilora.pipelines.inputs import encodings_of
+from multilora.pipelines.inputs import copied, encodings_of
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.members import Member
 
 MODES = ("per_row", "all", "first", "none")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Encodings:
@@ -40,7 +44,7 @@ class Encodings:
         self.encoders = [getattr(pipe, c) for c in present]
         self.components = [c for c in present if any(m.lora.part(c) for m in self.members)]
         self.calls: list[tuple[tuple, dict]] = []
-        self._cache: dict[tuple[int, tuple[float, ...]], dict[str, Tensor]] = {}
+        self._cache: dict[tuple[int, tuple[float, ...]], dict[str, Any]] = {}
         self._edited: dict[str, dict[str, Any]] = {}
         self._fallback = ""
         self.pictures = 0  # pictures that the pipeline encodes for, 0 while unknown
@@ -54,9 +58,7 @@ class Encodings:
     def row(self, active: Sequence[float]) -> tuple[float, ...]:
         """[loras] text-encoder weights when LoRA i is in the pass with share active[i] of its weight."""
         texted = [any(m.lora.part(c) for c in self.components) for m in self.members]
-        return tuple(
-            m.text_weight * a if has else 0.0 for m, a, has in zip(self.members, active, texted, strict=True)
-        )
+        return tuple(m.text_weight * a if has else 0.0 for m, a, has in zip(self.members, active, texted, strict=True))
 
     def _start_row(self) -> tuple[float, ...]:
         k = len(self.members)
@@ -70,7 +72,7 @@ class Encodings:
         if original is None:  # a modular pipeline, whose text blocks run once
             with contextlib.ExitStack() as stack:
                 if self.components:
-                    self._fall_back("this pipeline has no encode_prompt")
+                    self.fall_back("this pipeline has no encode_prompt")
                     self._attach(stack, self._start_row())
                 yield self
             return
@@ -96,7 +98,16 @@ class Encodings:
         self._fallback = ""
         self.pictures, self.used = 0, False
 
-    def _fall_back(self, why: str) -> None:
+    def begins(self, new_picture: bool) -> None:
+        """The denoiser is called, `new_picture` for the first time in a picture."""
+        if new_picture and self.used and self.calls:  # the pipeline encoded nothing for this one
+            self._restart()
+        self.used = True
+        if new_picture and self.swaps and not self.calls:
+            self.fall_back("the prompt came as embeddings, so the LoRAs' text-encoder parts cannot act on it")
+
+    def fall_back(self, why: str) -> None:
+        """From here on one encoding for all passes, with one warning."""
         if not self._fallback and self.mode == "per_row":
             warnings.warn(f"text_encoder='per_row' is not possible here: {why}. Running as 'all'.", stacklevel=3)
         self._fallback = why
@@ -107,7 +118,7 @@ class Encodings:
         row = self._start_row()
         given = [v for n, v in kwargs.items() if n.endswith("prompt_embeds") and v is not None]
         if given and self.components:
-            self._fall_back("the prompt came as embeddings, so the LoRAs' text-encoder parts cannot act on it")
+            self.fall_back("the prompt came as embeddings, so the LoRAs' text-encoder parts cannot act on it")
         try:
             returned = self._encode(original, args, kwargs, row)
         except BaseException:
@@ -116,16 +127,19 @@ class Encodings:
         named = encodings_of(self.denoiser, returned)
         if named is not None:
             self._cache[len(self.calls), row] = named
-            self.pictures = self.pictures or named["prompt_embeds"].shape[0]
+            # A list has one entry for each prompt, however many pictures are made of it.
+            embeds = named["prompt_embeds"]
+            self.pictures = self.pictures or (embeds.shape[0] if isinstance(embeds, Tensor) else 0)
         elif self.components:
-            self._fall_back(f"{type(self.pipe).__name__} is not in the table of prompt encodings")
+            self.fall_back(f"{type(self.pipe).__name__} is not in the table of prompt encodings")
         self.calls.append((args, kwargs))
         return returned
 
     def _encode(self, original: Callable, args: tuple, kwargs: dict, row: tuple[float, ...]) -> Any:
         with contextlib.ExitStack() as stack:
             self._attach(stack, row)
-            return original(*args, **kwargs)
+            # Copies: Z-Image's encode_prompt writes its chat template into the caller's list of prompts.
+            return original(*copied(args, _same), **copied(kwargs, _same))
 
     def _attach(self, stack: contextlib.ExitStack, row: tuple[float, ...]) -> None:
         """The LoRAs' text-encoder parts under `row`, until the stack closes."""
@@ -136,7 +150,7 @@ class Encodings:
             bank = stack.enter_context(attached(model, [m.lora for m in self.members], component=component))
             bank.row = row
 
-    def get(self, row: tuple[float, ...], call: int = 0) -> dict[str, Tensor]:
+    def get(self, row: tuple[float, ...], call: int = 0) -> dict[str, Any]:
         """Encoding by name of the prompt of `encode_prompt`'s call number `call`, under the given row."""
         key = (call, row)
         if key not in self._cache:
