@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
 
-VERSION = 1
+VERSION = 2  # 1 had no task, pictures, ControlNet, pipeline options; all of them have defaults
 CHUNK = "multilora"
 PARAMETERS = "parameters"
 
@@ -66,6 +66,19 @@ class LoraUse(_Model):
     mask_sha256: str | None = None
 
 
+class PictureUse(_Model):
+    """A picture that this one is made from.
+
+    role       "image", "mask_image" or "control_image"
+    reference  its path, or "" for one that was in memory only
+    sha256     of mode, size and pixels: "RGB 64x48" and a line feed, then the bytes row by row; a mask's mode is L
+    """
+
+    role: Literal["image", "mask_image", "control_image"]
+    reference: str = ""
+    sha256: str
+
+
 class Resolved(_Model):
     """What decides the bits of a picture beside the request. Equal recipes with equal `resolved` are bit-equal."""
 
@@ -80,7 +93,8 @@ class Resolved(_Model):
 class Recipe(_Model):
     """A picture (or `images` of one call, of which this is number `index`); picture i has seed `seed + i`."""
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
+    task: str = "text-to-image"
     prompt: str
     negative_prompt: str = ""
     base: str
@@ -97,6 +111,12 @@ class Recipe(_Model):
     seed: int = Field(ge=0, lt=2**63)
     images: int = Field(default=1, ge=1)
     index: int = Field(default=0, ge=0)
+    pictures: list[PictureUse] = Field(default_factory=list)
+    strength: Finite | None = None
+    controlnet: str = ""
+    controlnet_conditioning_scale: Finite | None = None
+    true_cfg_scale: Finite | None = None
+    pipeline_options: dict[str, Any] = Field(default_factory=dict)
     text_encoder: str = "per_row"
     scale: Finite = 1.0
     resolved: Resolved | None = None
@@ -134,6 +154,8 @@ class Recipe(_Model):
             raise RecipeError(
                 f"{source}: its recipe has version {version}, this multilora reads up to {VERSION}; upgrade multilora"
             )
+        if version == 1 and not isinstance(version, bool):
+            data = {**data, "version": VERSION}
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -183,6 +205,8 @@ class Recipe(_Model):
             "Size": f"{self.width}x{self.height}",
             "Model": self.base,
         }
+        if self.strength is not None:
+            settings["Denoising strength"] = f"{self.strength:g}"
         hashes = [f"{use.name}: {use.sha256[:12]}" for use in self.loras if use.sha256]
         if hashes:
             settings["Lora hashes"] = f'"{", ".join(hashes)}"'

@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import inspect
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,16 @@ import torch
 
 from multilora import files
 from multilora.method import Bound, Method, resolve, unknown
-from multilora.pipelines.clock import Clock, step_clock
+from multilora.pipelines import request, tasks
+from multilora.pipelines.clock import Clock
 from multilora.pipelines.composing import adapters_of, composing, denoiser_of, member, tagged
-from multilora.pipelines.denoise import Cancelled, Conductor, intercepted
-from multilora.pipelines.inputs import bound_arguments
+from multilora.pipelines.denoise import Cancelled, Conductor
 from multilora.pipelines.lanes import lane
-from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_pipeline
+from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_controlnet, load_pipeline
 from multilora.pipelines.members import Member, fit_mask
+from multilora.pipelines.pictures import read_pictures, same_pictures
 from multilora.pipelines.preview import preview as latent_preview
+from multilora.pipelines.running import counted, fresh_scheduler
 from multilora.recipe import LoraUse, Recipe, Resolved
 from multilora.tags import parse_prompt
 
@@ -51,11 +52,22 @@ class Composer:
     composer = Composer.from_pretrained("embedded")
     composer.add("fox.safetensors", weight=0.8)
     out = composer("a fox in a robe", method="composite", seed=7)
+
+    The pipeline may be of any task; each picture is made by the class of its family that the picture's arguments ask
+    for, with the same components. A ControlNet is the pipeline's own, a diffusers model, or a folder (see
+    load_controlnet).
     """
 
-    def __init__(self, pipe: Any, base: str = ""):
+    def __init__(self, pipe: Any, base: str = "", controlnet: Any = None):
         self.component, self.denoiser = denoiser_of(pipe)
         self.pipe = pipe
+        self.controlnet_reference = str(controlnet) if isinstance(controlnet, (str, Path)) else ""
+        if self.controlnet_reference:
+            device, dtype = self.denoiser.device, self.denoiser.dtype
+            controlnet = load_controlnet(controlnet, torch_dtype=dtype, device=device)
+        if controlnet is not None:
+            tasks.check_controlnet(pipe, controlnet)
+        self.controlnet = controlnet if controlnet is not None else getattr(pipe, "controlnet", None)
         self.base = base or str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
         self.loras: dict[str, Member] = {}
         for name, (lora, weight) in adapters_of(pipe).items():
@@ -63,10 +75,17 @@ class Composer:
 
     @classmethod
     def from_pretrained(
-        cls, base: str | Path = EMBEDDED, *, torch_dtype: Any = None, device: str | None = None, **kwargs: Any
+        cls,
+        base: str | Path = EMBEDDED,
+        *,
+        torch_dtype: Any = None,
+        device: str | None = None,
+        controlnet: Any = None,
+        **kwargs: Any,
     ) -> Composer:
-        """From "embedded", a folder or a hub id; see load_pipeline."""
-        return cls(load_pipeline(base, torch_dtype=torch_dtype, device=device, **kwargs), base=str(base))
+        """From "embedded", a folder or a hub id, with a ControlNet or its folder; see load_pipeline."""
+        pipe = load_pipeline(base, torch_dtype=torch_dtype, device=device, **kwargs)
+        return cls(pipe, base=str(base), controlnet=controlnet)
 
     def add(self, lora: Any, name: str | None = None, weight: Any = None, **options: Any) -> Member:
         """Add a LoRA: a path, a name of the embedded library, or a Lora.
@@ -94,29 +113,44 @@ class Composer:
     @property
     def defaults(self) -> dict[str, Any]:
         """Steps and guidance used when the caller gives none."""
-        call = inspect.signature(self.pipe.__call__).parameters
-        own = {n: call[n].default for n in ("num_inference_steps", "guidance_scale") if n in call}
+        return self._defaults(type(self.pipe))
+
+    def _defaults(self, cls: type) -> dict[str, Any]:
+        call = inspect.signature(cls.__call__).parameters
+        own = {
+            "num_inference_steps": request.default_of(call, "num_inference_steps", 50),
+            "guidance_scale": request.default_of(call, request.guidance_argument(call), 1.0),
+        }
         return {**own, **EMBEDDED_DEFAULTS} if self.base == EMBEDDED else own
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of a picture when the caller gives none."""
-        sample = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
-        h, w = (sample, sample) if isinstance(sample, int) else sample
-        factor = self.pipe.vae_scale_factor
-        return w * factor, h * factor
+        """(width, height) of a picture when the caller gives neither a size nor a picture to start from."""
+        return request.default_size(self.pipe, self.denoiser)
 
-    def _check_size(self, width: int, height: int) -> None:
-        patch = getattr(self.denoiser.config, "patch_size", None) or 1
-        packed = 2 if hasattr(self.pipe, "_unpack_latents") else 1
-        multiple = self.pipe.vae_scale_factor * max(patch, packed)
-        for name, value in (("width", width), ("height", height)):
-            if type(value) is not int or value < multiple or value % multiple:
-                low = max(multiple, value // multiple * multiple) if type(value) is int else multiple
-                raise ValueError(
-                    f"{name}={value!r}: wanted a multiple of {multiple} for this model; nearest are {low} and "
-                    f"{low + multiple}"
-                )
+    @property
+    def tasks(self) -> list[str]:
+        """What this pipeline's family can make pictures from."""
+        return sorted(tasks.tasks_of(self.pipe))
+
+    def pipeline_for(self, *given: str) -> Any:
+        """The pipeline that makes a picture from "image", "mask_image" or "control_image": its components are ours.
+
+        Raises ValueError when the family has no such task, or a ControlNet is missing.
+        """
+        _, cls = self._class_for(given)
+        return tasks.sibling(self.pipe, cls, self.controlnet if tasks.needs_controlnet(cls) else None)
+
+    def _class_for(self, given: Iterable[str]) -> tuple[str, type]:
+        task, cls = tasks.class_for(self.pipe, given)
+        if tasks.needs_controlnet(cls) and self.controlnet is None:
+            raise ValueError(f"task {task!r} needs a ControlNet: Composer(pipe, controlnet=a model or its folder)")
+        return task, cls
+
+    @property
+    def _controlnet_name(self) -> str:
+        name = getattr(getattr(self.controlnet, "config", None), "_name_or_path", "")
+        return self.controlnet_reference or str(name or type(self.controlnet).__name__)
 
     def _tagged(self, prompt: str) -> tuple[str, list[Member]]:
         """The prompt without its `<lora:...>` tags, and the composer's members with the tagged ones added.
@@ -128,24 +162,6 @@ class Composer:
         for tag in tags:
             members[tag.name] = tagged(self.pipe, tag, members.get(tag.name))
         return clean, list(members.values())
-
-    @contextlib.contextmanager
-    def _scheduler(self, name: str | None, config: Mapping[str, Any] | None) -> Any:
-        """A fresh scheduler for one run: no state from the last picture, none left behind."""
-        import diffusers
-
-        own = self.pipe.scheduler
-        cls = type(own)
-        if name:
-            known = [c.__name__ for c in own.compatibles]
-            cls = getattr(diffusers, name, None)
-            if cls is None or (name not in known and name != type(own).__name__):
-                raise unknown("scheduler for this pipeline", name, {*known, type(own).__name__})
-        try:
-            self.pipe.scheduler = cls.from_config({**own.config, **(config or {})})
-            yield self.pipe.scheduler
-        finally:
-            self.pipe.scheduler = own
 
     @torch.no_grad()
     def __call__(
@@ -161,6 +177,13 @@ class Composer:
         width: int | None = None,
         height: int | None = None,
         num_images_per_prompt: int = 1,
+        image: Any = None,
+        mask_image: Any = None,
+        control_image: Any = None,
+        strength: float | None = None,
+        controlnet_conditioning_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        pipeline_options: Mapping[str, Any] | None = None,
         scheduler: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
         text_encoder: str = "per_row",
@@ -177,7 +200,15 @@ class Composer:
         method, options        a route method and its options (also as keywords: every=5)
         seed                   of the starting noise; None draws one, the recipe holds it. Picture i of several uses
                                seed + i
-        width, height          in pixels, default the model's own size
+        width, height          in pixels, default the pictures' size, else the model's own
+        image                  a picture to start from: a path, a PIL picture or an array (see read_picture)
+        strength               how much of `image` is drawn anew, above 0 to 1; default the pipeline's. Without `image`
+                               it is an option of the method, where that has one
+        mask_image             what of `image` is drawn anew (white), in the picture's size
+        control_image          what the ControlNet sees, by controlnet_conditioning_scale; default the pipeline's
+        guidance_scale         the pipeline's; on Qwen-Image its true_cfg_scale
+        true_cfg_scale         of FLUX.1: guidance by a negative prompt, beside the distilled guidance_scale
+        pipeline_options       further arguments of the pipeline's call, such as {"max_sequence_length": 128}
         scheduler              class name of a compatible diffusers scheduler, default the pipeline's
         text_encoder, scale, form, passes_per_call, cancel    see composing
         progress               called after each step of the scheduler (two per step for Heun and the like) with
@@ -187,51 +218,57 @@ class Composer:
         Other keywords go to the method. Raises ValueError for bad arguments before anything runs, Cancelled when
         `cancel` was set: then there is no picture.
         """
+        pictures = read_pictures({"image": image, "mask_image": mask_image, "control_image": control_image})
+        if strength is not None and "image" not in pictures:
+            method_options, strength = {**method_options, "strength": strength}, None
         bound = resolve("route", method, **{**(options or {}), **method_options})
-        defaults = self.defaults
-        steps = defaults.get("num_inference_steps", 50) if num_inference_steps is None else num_inference_steps
-        guidance = defaults.get("guidance_scale", 1.0) if guidance_scale is None else guidance_scale
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_inference_steps={steps!r}: wanted a whole number of at least 1")
-        if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not abs(guidance) < float("inf"):
-            raise ValueError(f"guidance_scale={guidance!r}: a finite number is wanted")
-        if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: wanted a whole number of at least 1")
-        for argument, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
-            if not isinstance(text, str):
-                raise ValueError(f"{argument}={text!r}: a string is wanted")
-        width = self.size[0] if width is None else width
-        height = self.size[1] if height is None else height
-        self._check_size(width, height)
+        task, cls = self._class_for(pictures)
+        request.text("prompt", prompt)
         prompt, members = self._tagged(prompt)
+        asked = request.checked(
+            self.pipe,
+            cls,
+            self.denoiser,
+            self._defaults(cls),
+            pictures,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            width=width,
+            height=height,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            strength=strength,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            pipeline_options=pipeline_options,
+        )
         factor = self.pipe.vae_scale_factor * (2 if hasattr(self.pipe, "_unpack_latents") else 1)
         for m in members:
             if m.mask is not None:
-                fit_mask(m.mask, (height // factor, width // factor), m.name)
-        seed = secrets.randbelow(2**32) if seed is None else seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= 2**63 - num_images_per_prompt:
-            span = f"0 to 2**63 - {num_images_per_prompt}"
-            raise ValueError(f"seed={seed!r}: wanted a whole number from {span}, picture i has seed + i")
-        generator = [torch.Generator("cpu").manual_seed(seed + i) for i in range(num_images_per_prompt)]
+                fit_mask(m.mask, (asked.height // factor, asked.width // factor), m.name)
+        generator = [torch.Generator("cpu").manual_seed(asked.seed + i) for i in range(asked.pictures)]
         conductor: Conductor | None = None
         clock: Clock | None = None
 
         def step_end(pipe: Any, i: int, t: Any, tensors: dict) -> dict:
             if cancel is not None and cancel.is_set():
-                raise Cancelled(f"cancelled after step {i + 1} of {steps}")
+                raise Cancelled(f"cancelled after step {i + 1} of {clock.steps}")
             now, of = clock.step + 1, clock.steps
             if progress is not None:
                 progress(now, of, {"method": bound.record.name, "passes": conductor.passes[-1] if conductor else 1})
             if preview is not None:
-                preview(now, of, latent_preview(pipe, tensors["latents"], height, width))
+                preview(now, of, latent_preview(pipe, tensors["latents"], asked.height, asked.width))
             return tensors
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(lane(self.denoiser))
-            used = stack.enter_context(self._scheduler(scheduler, scheduler_config))
+            pipe = tasks.sibling(self.pipe, cls, self.controlnet if tasks.needs_controlnet(cls) else None)
+            used = stack.enter_context(fresh_scheduler(pipe, scheduler, scheduler_config))
             conductor = stack.enter_context(
                 composing(
-                    self.pipe,
+                    pipe,
                     members,
                     bound,
                     text_encoder=text_encoder,
@@ -241,23 +278,19 @@ class Composer:
                     cancel=cancel,
                 )
             )
-            clock = conductor.clock if conductor else stack.enter_context(_counted(self.pipe, self.denoiser))
-            images = self.pipe(
-                prompt,
-                negative_prompt=negative_prompt or None,
-                num_inference_steps=steps,
-                guidance_scale=float(guidance),
-                width=width,
-                height=height,
-                num_images_per_prompt=num_images_per_prompt,
-                generator=generator if num_images_per_prompt > 1 else generator[0],
+            clock = conductor.clock if conductor else stack.enter_context(counted(pipe, self.denoiser))
+            images = pipe(
+                **asked.call,
+                generator=generator if asked.pictures > 1 else generator[0],
                 callback_on_step_end=step_end,
             ).images
             if conductor is not None and conductor.calls == 0:
                 raise RuntimeError("the pipeline never called its denoiser; nothing was composed")
             recipe = Recipe(
+                **asked.recorded,
+                task=task,
+                controlnet=self._controlnet_name if tasks.needs_controlnet(cls) else "",
                 prompt=prompt,
-                negative_prompt=negative_prompt or "",
                 base=self.base,
                 base_family=files.family_of_model(self.pipe),
                 loras=[_use(m) for m in members],
@@ -265,12 +298,6 @@ class Composer:
                 options=bound.options,
                 scheduler=type(used).__name__,
                 scheduler_config=dict(scheduler_config or {}),
-                steps=steps,
-                guidance_scale=float(guidance),
-                width=width,
-                height=height,
-                seed=seed,
-                images=num_images_per_prompt,
                 text_encoder=text_encoder,
                 scale=scale,
                 resolved=Resolved(
@@ -284,15 +311,20 @@ class Composer:
             )
             return Composed(list(images), recipe, list(conductor.passes) if conductor else [])
 
-    def compose(self, recipe: Recipe, **callbacks: Any) -> Composed:
+    def compose(self, recipe: Recipe, pictures: Mapping[str, Any] | None = None, **callbacks: Any) -> Composed:
         """Make a recipe again. The composer's own LoRAs are not used.
 
         A recipe of one picture of several makes all of them; its own is number `recipe.index`.
-        Raises ValueError when the recipe is for another base, or a LoRA file is missing or has changed (sha256).
-        `callbacks` are progress, preview and cancel.
+        Raises ValueError when the recipe is for another base or ControlNet, or a LoRA's file or a picture is missing
+        or has changed (sha256). `pictures` (image, mask_image, control_image) are those that were in memory only, or
+        have moved; `callbacks` are progress, preview and cancel.
         """
         if recipe.base != self.base:
             raise ValueError(f"this recipe is for base {recipe.base!r}, this composer holds {self.base!r}")
+        if recipe.controlnet and recipe.controlnet != self._controlnet_name:
+            mine = self._controlnet_name if self.controlnet is not None else "none"
+            raise ValueError(f"this recipe is for ControlNet {recipe.controlnet!r}, this composer holds {mine}")
+        inputs = same_pictures(recipe.pictures, pictures or {})
         again = Composer.__new__(Composer)
         again.__dict__.update({**self.__dict__, "loras": {}})
         for use in recipe.loras:
@@ -328,6 +360,11 @@ class Composer:
             height=recipe.height,
             num_images_per_prompt=recipe.images,
             scheduler=recipe.scheduler,
+            **inputs,
+            strength=recipe.strength,
+            controlnet_conditioning_scale=recipe.controlnet_conditioning_scale,
+            true_cfg_scale=recipe.true_cfg_scale,
+            pipeline_options=recipe.pipeline_options,
             scheduler_config=recipe.scheduler_config,
             text_encoder=recipe.text_encoder,
             scale=recipe.scale,
@@ -337,20 +374,6 @@ class Composer:
         )
         out.recipe = out.recipe.model_copy(update={"index": recipe.index})
         return out
-
-
-@contextlib.contextmanager
-def _counted(pipe: Any, denoiser: torch.nn.Module) -> Iterator[Clock]:
-    """The step clock of a picture without LoRAs: calls of the denoiser are counted and nothing else."""
-    with step_clock(pipe.scheduler, lambda: getattr(pipe, "_num_timesteps", None)) as clock:
-        forward = getattr(denoiser, "_orig_mod", denoiser).forward
-
-        def count(model: Callable, args: tuple, kwargs: dict) -> Any:
-            clock.call(bound_arguments(forward, args, kwargs).get("timestep"))
-            return model(*args, **kwargs)
-
-        with intercepted(denoiser, count):
-            yield clock
 
 
 def _use(m: Member) -> LoraUse:

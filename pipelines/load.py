@@ -22,7 +22,7 @@ def assets() -> Path:
 
 
 def default_device() -> str:
-    """"cuda" where there is one, then "mps", else "cpu"."""
+    """ "cuda" where there is one, then "mps", else "cpu"."""
     import torch
 
     if torch.cuda.is_available():
@@ -66,6 +66,33 @@ def load_pipeline(
         raise ValueError(f"base {str(base)!r} could not be loaded from {name}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_controlnet(folder: str | Path, *, torch_dtype: Any = None, device: Any = None) -> Any:
+    """A ControlNet of any diffusers class from its folder (config.json and weights).
+
+    Raises ValueError when there is none, with what was looked for.
+    """
+    import diffusers
+
+    source = Path(folder).expanduser()
+    try:
+        name = json.loads((source / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"controlnet {str(folder)!r}: wanted the folder of a saved ControlNet; {source} has no config.json with a "
+            "_class_name"
+        ) from None
+    cls = getattr(diffusers, str(name), None)
+    if cls is None or "ControlNet" not in str(name):
+        raise ValueError(
+            f"controlnet {str(folder)!r}: its config.json names {name!r}, which is no ControlNet of diffusers"
+        )
+    try:
+        model = cls.from_pretrained(str(source), dtype=torch_dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"controlnet {str(folder)!r} could not be loaded: {error}") from error
+    return model.to(device) if device is not None else model
 
 
 @functools.cache

@@ -58,6 +58,25 @@ def test_any_text_survives_a_png(tmp_path, prompt, negative, name, weight):
     assert Recipe.from_png(save_png(PICTURE, tmp_path / "t.png", recipe)) == recipe
 
 
+def test_a_recipe_of_version_1_is_read():
+    """It had no task and no pictures; written again it is of this version."""
+    old = {**PLAIN, "version": 1, "loras": [{"name": "zib"}], "images": 2, "index": 1}
+    recipe = Recipe.read(json.dumps(old))
+    assert recipe == Recipe(**{**old, "version": 2})
+    assert (recipe.task, recipe.pictures, recipe.strength) == ("text-to-image", [], None)
+    with pytest.raises(RecipeError, match="version"):
+        Recipe.checked({**PLAIN, "version": True})
+
+
+def test_a_recipe_holds_its_pictures():
+    uses = [{"role": "image", "reference": "a.png", "sha256": "ab" * 32}, {"role": "mask_image", "sha256": "cd" * 32}]
+    recipe = Recipe(**PLAIN, task="inpainting", pictures=uses, strength=0.6, pipeline_options={"clip_skip": 1})
+    assert Recipe.read(recipe.json) == recipe
+    assert "Denoising strength: 0.6" in recipe.parameters()
+    with pytest.raises(RecipeError, match=r"pictures\.0\.role: .*got 'photo'"):
+        Recipe.checked({**PLAIN, "pictures": [{"role": "photo", "sha256": ""}]})
+
+
 def test_parameters_text():
     assert Recipe(**PLAIN).parameters() == (
         "a zib alien in a robe\n"
@@ -92,7 +111,7 @@ def test_parameters_are_in_the_png_where_other_tools_look(tmp_path):
         ({"loras": [{"name": "a", "wait": 1}]}, r"loras\.0\.wait: Extra"),
         ({"images": 2, "index": 2}, r"index: picture 2 of 2"),
         ({"steps": 0, "seed": -1}, r"steps: .*; seed: "),
-        ({"version": 2}, r"has version 2, this multilora reads up to 1; upgrade"),
+        ({"version": 3}, r"has version 3, this multilora reads up to 2; upgrade"),
         ({"version": 0}, r"version: "),
     ],
 )
