@@ -1,10 +1,10 @@
 """Feature caches of diffusers (FirstBlockCache and kin) under composition: every row keeps a state of its own.
 
-A cache skips blocks where what it stored at an earlier step is close enough. diffusers keeps one store for each cache
-context of the pipeline ("cond", "uncond"). Under composition several rows pass through one such context, and a residual
-of one LoRA would serve another: wrong in the very first step of Composite, and after each change of Switch. Here the
-context is the pipeline's own, together with the call's place in the step and the runs of the batch. So rows in turn
-decide each for itself, and rows in one batch share one store and one decision.
+A cache skips blocks where what it stored at an earlier step is close enough. diffusers keeps one store for each
+cache context of the pipeline ("cond", "uncond"). Under composition several rows pass through one such context, and a
+residual of one LoRA would serve another: wrong in the very first step of Composite, and after each change of Switch.
+Here the context is the pipeline's own, together with the call's place in the step and the runs of the batch. So rows
+in turn decide each for itself, and rows in one batch share one store and one decision.
 
 A store lives from one step to the next. One that a step left unused is dropped: a row that comes back later starts
 anew, whatever it stored before, and stores never outnumber the rows of two steps. A new picture starts empty.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,10 @@ SUPPORTED = {
     "FasterCacheDenoiserHook": "FasterCache",
 }
 REFUSED = {
-    "SeaCacheRootHook": ("SeaCache", "it follows video models step by step, and no composition was ever tested on one"),
+    "SeaCacheRootHook": (
+        "SeaCache",
+        "it follows video models step by step, and no composition was ever tested on one",
+    ),
     "TextKVCacheTransformerHook": (
         "TextKVCache",
         "it knows a prompt by its place in memory, where a composition puts another prompt at the next call",
@@ -58,25 +62,38 @@ def check_caches(denoiser: nn.Module, adapted: Sequence[nn.Module] = ()) -> list
     found = stateful_hooks(denoiser)
     for path, module, hook in found:
         kind = type(hook).__name__
-        name, why = REFUSED.get(kind, (SUPPORTED.get(kind), ""))
-        if not hook._is_stateful:
-            if kind == "FBCBlockHook" and hook.is_tail and getattr(module, "context_pre_only", False):
-                name = "FirstBlockCache"
-                why = f"diffusers' own fails on this model, whose last block {path} returns no text to store"
-        elif name is None:
-            name, why = kind, "it is unknown here what it keeps from call to call"
-        elif kind == "FasterCacheDenoiserHook" and not hook.is_guidance_distilled:
-            why = (
-                "inside the model it drops the negative half of the batch, and rows and prompts per sample no longer "
-                "fit; is_guidance_distilled=True leaves the batch whole and works"
-            )
-        elif kind == "MagCacheHeadHook" and hook.config.calibrate:
-            why = "calibrate=True measures one model's steps; calibrate on the plain pipeline and pass mag_ratios"
-        elif any(module is m for m in adapted):
-            why = f"it stores the output of {path}, a layer that a LoRA adapts; exclude that layer from the cache"
+        name, why = REFUSED.get(kind, (SUPPORTED.get(kind, kind), ""))
+        if not why:
+            why = _unfit(path, module, hook, any(module is m for m in adapted))
         if why:
+            name = "FirstBlockCache" if kind == "FBCBlockHook" else name
             raise ValueError(f"{name} cannot run under composition: {why}. Call disable_cache(), or change it")
     return [hook for _, _, hook in found if hook._is_stateful]
+
+
+def _unfit(path: str, module: nn.Module, hook: Any, adapted: bool) -> str:
+    """Why this hook, of a supported cache, cannot be right; or an empty string."""
+    kind = type(hook).__name__
+    if not hook._is_stateful:
+        if kind == "FBCBlockHook" and hook.is_tail and getattr(module, "context_pre_only", False):
+            return f"diffusers' own fails on this model, whose last block {path} returns no text to store"
+        return ""
+    if kind not in SUPPORTED:
+        return "it is unknown here what it keeps from call to call"
+    if kind == "FasterCacheDenoiserHook" and not hook.is_guidance_distilled:
+        return (
+            "inside the model it drops the negative half of the batch, and rows and prompts per sample no longer fit; "
+            "is_guidance_distilled=True leaves the batch whole and works"
+        )
+    if kind == "MagCacheHeadHook" and hook.config.calibrate:
+        return "calibrate=True measures one model's steps; calibrate on the plain pipeline and pass mag_ratios"
+    if kind in ("FBCHeadBlockHook", "MagCacheHeadHook"):
+        wanted = hook._metadata.hidden_states_argument_name if kind == "MagCacheHeadHook" else "hidden_states"
+        if wanted not in inspect.signature(module.forward).parameters:
+            return f"diffusers' own fails on this model, whose blocks take no {wanted}"
+    if adapted:
+        return f"it stores the output of {path}, a layer that a LoRA adapts; exclude that layer from the cache"
+    return ""
 
 
 class Caches:

@@ -1,0 +1,435 @@
+"""diffusers' feature caches under composition: whose store a call meets, and when it is dropped.
+
+The reference has none of our hooks: every LoRA has its own copy of the transformer with dense weights and diffusers'
+cache on it, in the place of the pipeline's transformer, and the copies' predictions are averaged.
+"""
+
+import contextlib
+import copy
+import threading
+
+import pytest
+import torch
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    HookRegistry,
+    MagCacheConfig,
+    ModelHook,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    TextKVCacheConfig,
+    apply_first_block_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
+)
+
+from multilora.pipelines import caching
+from multilora.pipelines.composing import composing
+from multilora.pipelines.denoise import Cancelled
+from tests import handloop, tiny, tiny_more
+
+STEPS = 6
+METHODS = {
+    "merge": ({}, lambda step: [(0.8, 0.6)]),
+    "switch": ({"every": 2}, lambda step: [[(0.8, 0.0), (0.0, 0.6)][step // 2 % 2]]),
+    "composite": ({}, lambda step: [(0.8, 0.0), (0.0, 0.6)]),
+}
+ALWAYS = FirstBlockCacheConfig(threshold=1e9)  # skips whenever something is stored
+
+
+def arguments(pipe, steps: int = STEPS, guided: bool = True) -> dict:
+    name = type(pipe).__name__
+    own = {"max_sequence_length": 16} if "Flux" in name else {"max_sequence_length": 96}
+    if name == "ZImagePipeline":
+        own.update(height=32, width=32)
+        guidance = {"guidance_scale": 3.0} if guided else {"guidance_scale": 0.0}
+    else:
+        guidance = {"true_cfg_scale": 3.0} if guided else {}
+    if guided:
+        own["negative_prompt"] = "blurry"
+    return {"prompt": "a fox", "num_inference_steps": steps, "output_type": "latent", **guidance, **own}
+
+
+def draw(pipe, seed: int = 5, **changes) -> torch.Tensor:
+    given = {**arguments(pipe), **changes}
+    return pipe(**given, generator=torch.Generator().manual_seed(seed)).images
+
+
+def composed(pipe, loras, method: str, passes_per_call: int | None = None, **changes) -> torch.Tensor:
+    options = METHODS[method][0]
+    with composing(pipe, loras, method, weights=[0.8, 0.6], passes_per_call=passes_per_call, **options):
+        return draw(pipe, **changes)
+
+
+def pair(pipe):
+    return [tiny.lora_for(pipe, seed=1, name="fox"), tiny.lora_for(pipe, seed=2, name="robe", rank=3)]
+
+
+@contextlib.contextmanager
+def counted(module):
+    """One entry for each call of a module in the block."""
+    calls = []
+    handle = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def flux():
+    pipe = tiny.flux(torch.float64)
+    return pipe, pair(pipe)
+
+
+def middle(pipe):
+    """A layer of the second block: called only when the blocks behind the first are."""
+    model = pipe.transformer
+    blocks = model.layers if hasattr(model, "layers") else model.transformer_blocks
+    return next(m for path, m in blocks[1].named_modules() if path.endswith("to_q"))
+
+
+# -- threshold 0 is no cache ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes_per_call", [None, 1])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", [tiny.flux, tiny_more.qwen_pipe])
+def test_first_block_cache_at_threshold_0_is_no_cache(family, method, passes_per_call):
+    pipe = family()
+    loras = pair(pipe)
+    base = draw(pipe, num_inference_steps=3)
+    plain = composed(pipe, loras, method, passes_per_call, num_inference_steps=3)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    assert torch.equal(composed(pipe, loras, method, passes_per_call, num_inference_steps=3), plain)
+    assert handloop.relative(base, plain) > 0.02
+
+
+# -- a row's store is its own ---------------------------------------------------------------------------------------
+
+
+def shared(monkeypatch):
+    """The trap: all rows in the pipeline's own contexts."""
+    monkeypatch.setattr(caching.Caches, "running", lambda self, runs: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_first_step_of_composite_meets_no_store(flux, monkeypatch, planted):
+    """Whatever the threshold: at step 0 no row has anything to reuse. With one shared context the second row does."""
+    pipe, loras = flux
+    plain = composed(pipe, loras, "composite", 1, num_inference_steps=1)
+    pipe.transformer.enable_cache(ALWAYS)
+    if planted:
+        shared(monkeypatch)
+    cached = composed(pipe, loras, "composite", 1, num_inference_steps=1)
+    assert (handloop.relative(cached, plain) > 0.01) if planted else torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_switch_never_reuses_the_other_lora(flux, monkeypatch, planted):
+    """Two LoRAs in turn, a step each: a store is never one step old, so the picture is that without a cache."""
+    pipe, loras = flux
+    with composing(pipe, loras, "switch", every=1):
+        plain = draw(pipe)
+    pipe.transformer.enable_cache(ALWAYS)
+    if planted:
+        shared(monkeypatch)
+    with composing(pipe, loras, "switch", every=1):
+        cached = draw(pipe)
+    assert (handloop.relative(cached, plain) > 0.01) if planted else torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize(
+    ("method", "every", "passes_per_call", "calls"),
+    [
+        ("merge", None, None, 1),
+        ("composite", None, None, 1),  # one batch, one decision
+        ("composite", None, 1, 2),  # each row for itself
+        ("switch", 6, None, 1),
+        ("switch", 2, None, 3),  # a a b b a a: at every change, also when a comes back
+        ("switch", 1, None, 6),
+    ],
+)
+def test_skipped_blocks_are_counted(flux, method, every, passes_per_call, calls):
+    pipe, loras = flux
+    pipe.transformer.enable_cache(ALWAYS)
+    options = {"every": every} if every else {}
+    with (
+        counted(middle(pipe)) as seen,
+        composing(pipe, loras[:1] if every == 6 else loras, method, passes_per_call=passes_per_call, **options),
+    ):
+        draw(pipe, negative_prompt=None)
+        assert len(seen) == calls
+        draw(pipe, negative_prompt=None)  # a new picture starts empty
+        assert len(seen) == 2 * calls
+        draw(pipe)  # positive and negative prompt: two contexts
+        assert len(seen) == 4 * calls
+
+
+# -- against copies of the model ------------------------------------------------------------------------------------
+
+
+class Ensemble:
+    """In the pipeline's transformer's place: one dense copy with its own cache per row and branch, and their mean."""
+
+    def __init__(self, pipe, loras, plan, config):
+        self._model, self._plan, self._config = pipe.transformer, plan, config
+        self._factors = [handloop.factors(lora) for lora in loras]
+        self._dense, self._copies, self._step, self._before, self.calls = {}, {}, -1, [], []
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    @contextlib.contextmanager
+    def cache_context(self, name):
+        if name == "cond":
+            self._step += 1
+        self._name = name
+        yield
+
+    def _copy(self, row, fresh):
+        if row not in self._dense:
+            self._dense[row] = handloop.dense(self._model, self._factors, row, "transformer")
+        key = row, self._name
+        if fresh or key not in self._copies:
+            self._copies[key] = copy.deepcopy(self._dense[row])
+            self._copies[key].enable_cache(self._config)
+            if isinstance(self._config, FasterCacheConfig):
+                # diffusers' own crashes when it begins within its range of timesteps: it skips, with nothing stored
+                for _, _, hook in caching.stateful_hooks(self._copies[key]):
+                    hook.state.iteration = self._config.spatial_attention_block_skip_range
+            middle_of = self._copies[key].transformer_blocks[1].attn.to_q
+            middle_of.register_forward_pre_hook(lambda *_: self.calls.append(self._step))
+        return self._copies[key]
+
+    def __call__(self, **kwargs):
+        rows = self._plan(self._step)
+        before = self._plan(self._step - 1) if self._step else []
+        outputs = []
+        for row in rows:
+            model = self._copy(row, row not in before)
+            with model.cache_context("only"):
+                outputs.append(model(**kwargs)[0])
+        return (sum(outputs) / len(outputs),)
+
+
+def first_block(pipe):
+    """A threshold between the changes that these rows meet (0.5 to 1.4): one row skips where another computes."""
+    return FirstBlockCacheConfig(threshold=0.985)
+
+
+def taylor(pipe):
+    return TaylorSeerCacheConfig(
+        cache_interval=3, disable_cache_before_step=1, max_order=1, taylor_factors_dtype=torch.float64
+    )
+
+
+def broadcast(pipe):
+    return PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(50, 990),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )
+
+
+def faster(pipe):
+    return FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(50, 990),
+        spatial_attention_block_identifiers=(r"transformer_blocks.*attn",),
+        attention_weight_callback=lambda _: 0.4,
+        tensor_format="BCHW",
+        is_guidance_distilled=True,
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )
+
+
+def mag(pipe):
+    return MagCacheConfig(
+        threshold=0.3, max_skip_steps=1, retention_ratio=0.0, num_inference_steps=STEPS, mag_ratios=[1.1] * STEPS
+    )
+
+
+@pytest.mark.parametrize("method", ["switch", "composite"])
+@pytest.mark.parametrize("config", [first_block, taylor, broadcast, faster, mag])
+def test_equals_copies_of_the_model(flux, config, method):
+    pipe, loras = flux
+    plain = composed(pipe, loras, method, 1)
+    ensemble = Ensemble(pipe, loras, METHODS[method][1], config(pipe))
+    model, pipe.transformer = pipe.transformer, ensemble
+    reference = draw(pipe)
+    pipe.transformer = model
+    model.enable_cache(config(pipe))
+    with counted(middle(pipe)) as seen:
+        found = composed(pipe, loras, method, 1)
+    assert handloop.relative(found, reference) < 1e-9
+    assert handloop.relative(plain, reference) > 1e-4
+    full = 2 * sum(len(METHODS[method][1](step)) for step in range(STEPS))
+    assert len(seen) == len(ensemble.calls)
+    assert 0 < len(seen) < full
+    if config is not first_block:  # decided by counting, not by the numbers: rows in one batch decide alike
+        assert handloop.relative(composed(pipe, loras, method), reference) < 1e-9
+
+
+# -- steps of the picture, not of the store -------------------------------------------------------------------------
+
+
+def calls_of_switch(pipe, loras, config) -> int:
+    """Full calls in six steps of a a a b b b."""
+    pipe.transformer.enable_cache(config)
+    with counted(middle(pipe)) as seen, composing(pipe, loras, "switch", every=3):
+        draw(pipe, negative_prompt=None)
+    return len(seen)
+
+
+def test_a_late_row_reads_the_ratios_of_its_own_steps(flux):
+    """MagCache never skips in the first half here: a computes 3 times, b, which begins at half time, once."""
+    config = MagCacheConfig(
+        threshold=1.0, max_skip_steps=5, retention_ratio=0.5, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS
+    )
+    assert calls_of_switch(*flux, config) == 3 + 1
+
+
+def test_the_end_of_caching_is_a_step_of_the_picture(flux):
+    """TaylorSeer computes a at 0 and 2, b at 3, and from step 4 on always."""
+    config = TaylorSeerCacheConfig(cache_interval=5, disable_cache_before_step=1, disable_cache_after_step=4)
+    assert calls_of_switch(*flux, config) == 2 + 1 + 2
+
+
+def test_stores_never_outnumber_the_rows_of_two_steps(flux):
+    pipe, loras = flux
+    pipe.transformer.enable_cache(ALWAYS)
+    most = []
+    more = [tiny.lora_for(pipe, seed=i, name=f"m{i}") for i in range(3, 8)]
+    with composing(pipe, [*loras, *more], "switch", every=1) as conductor:
+        manager = conductor.caches._managers[0][1]
+
+        def look(pipe, step, t, tensors):
+            most.append(len(manager._state_cache))
+            return tensors
+
+        draw(pipe, num_inference_steps=14, callback_on_step_end=look)
+    assert most == [2, *[4] * 13]  # a positive and a negative call each
+    assert not manager._state_cache
+
+
+# -- before and after -----------------------------------------------------------------------------------------------
+
+
+def test_a_plain_picture_is_as_before_also_after_a_cancelled_one(flux):
+    pipe, loras = flux
+    pipe.transformer.enable_cache(broadcast(pipe))
+    kept = [hook.state for _, _, hook in caching.stateful_hooks(pipe.transformer)]
+    plain = draw(pipe, negative_prompt=None)
+    with composing(pipe, loras, "composite"):
+        first = draw(pipe, negative_prompt=None)
+        draw(pipe, seed=9, negative_prompt=None)
+        assert torch.equal(draw(pipe, negative_prompt=None), first)
+    assert handloop.relative(first, plain) > 0.02
+    stop = threading.Event()
+
+    def at_two(pipe, step, t, tensors):
+        if step == 1:
+            stop.set()
+        return tensors
+
+    with pytest.raises(Cancelled), composing(pipe, loras, "composite", cancel=stop):
+        draw(pipe, negative_prompt=None, callback_on_step_end=at_two)
+    assert torch.equal(draw(pipe, negative_prompt=None), plain)
+    assert [hook.state for _, _, hook in caching.stateful_hooks(pipe.transformer)] == kept
+
+
+def test_a_cache_that_comes_and_goes_between_pictures(flux):
+    pipe, loras = flux
+    plain = composed(pipe, loras, "composite")
+    with composing(pipe, loras, "composite", weights=[0.8, 0.6]):
+        assert torch.equal(draw(pipe), plain)
+        pipe.transformer.enable_cache(ALWAYS)
+        assert handloop.relative(draw(pipe), plain) > 0.01
+        pipe.transformer.disable_cache()
+        assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("passes_per_call", [None, 1])
+def test_z_image_with_taylorseer(passes_per_call):
+    """Z-Image has no enable_cache; the hooks can be put on by hand. Lists in and out, both halves in one call."""
+    pipe = tiny_more.z_pipe()
+    loras = pair(pipe)
+    plain = composed(pipe, loras, "composite", passes_per_call)
+    config = TaylorSeerCacheConfig(
+        cache_interval=3, disable_cache_before_step=1, cache_identifiers=[r"layers\.\d+\.attention"]
+    )
+    apply_taylorseer_cache(pipe.transformer, config)
+    with counted(middle(pipe)) as seen:
+        cached = composed(pipe, loras, "composite", passes_per_call)
+    assert len(seen) == (6 if passes_per_call else 3)  # at steps 0, 2 and 5
+    assert 1e-4 < handloop.relative(cached, plain) < 1
+
+
+def test_a_unet_with_broadcast_attention():
+    """U-Nets have no enable_cache; the hooks can be put on by hand. Two of three steps reuse what the first stored."""
+    pipe = tiny.sd15()
+    loras = pair(pipe)
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=3,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        spatial_attention_block_identifiers=("down_blocks.*attn1",),
+        current_timestep_callback=lambda: 500,
+    )
+    apply_pyramid_attention_broadcast(pipe.unet, config)
+    layer = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    for passes, calls in ((None, 2), (1, 4)):
+        with counted(layer) as seen, composing(pipe, loras, "composite", passes_per_call=passes):
+            pipe("a fox", num_inference_steps=6, output_type="latent")
+        assert len(seen) == calls
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+class Own(ModelHook):
+    _is_stateful = True
+
+    def reset_state(self, module):
+        return module
+
+
+def on(model, config):
+    model.enable_cache(config)
+
+
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [
+        (lambda m: on(m, SeaCacheConfig(raw_vision_callback=lambda *_: None)), r"SeaCache .*video"),
+        (lambda m: on(m, TextKVCacheConfig()), r"TextKVCache .*place in memory"),
+        (lambda m: on(m, FasterCacheConfig(tensor_format="BCHW")), r"FasterCache .*negative half.*is_guidance_dist"),
+        (lambda m: on(m, MagCacheConfig(calibrate=True)), r"MagCache .*calibrate on the plain pipeline"),
+        (lambda m: on(m, TaylorSeerCacheConfig(use_lite_mode=True)), r"TaylorSeer .*proj_out, a layer that a LoRA"),
+        (lambda m: HookRegistry.check_if_exists_or_initialize(m).register_hook(Own(), "own"), r"Own .*unknown"),
+    ],
+)
+def test_refused_by_name_with_the_reason(flux, put, said):
+    pipe, _ = flux
+    loras = [tiny.lora_for(pipe, seed=1, modules=lambda key: key.endswith(("to_q", "transformer.proj_out")))]
+    weights = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    put(pipe.transformer)
+    with pytest.raises(ValueError, match=said), composing(pipe, loras):
+        raise AssertionError("entered")
+    assert type(pipe.transformer).__name__ == "FluxTransformer2DModel"
+    assert all(torch.equal(weights[name], value) for name, value in pipe.transformer.state_dict().items())
+    assert not any(m._forward_hooks for m in pipe.transformer.modules())
+
+
+def test_models_that_diffusers_own_cache_fails_on():
+    """SD3's last block returns no text; Z-Image's blocks name their input otherwise."""
+    config = FirstBlockCacheConfig(threshold=0.1)
+    for pipe, said in (
+        (tiny.sd3(), r"FirstBlockCache .*transformer_blocks\.1 returns no text"),
+        (tiny_more.z_pipe(), r"FirstBlockCache .*blocks take no hidden_states"),
+    ):
+        apply_first_block_cache(pipe.transformer, config)
+        with pytest.raises(ValueError, match=said), composing(pipe, pair(pipe)):
+            raise AssertionError("entered")
