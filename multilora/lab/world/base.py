@@ -24,6 +24,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTokenizer
 
+from multilora.lab.train.precision import fast_bfloat16
 from multilora.lab.world.dataset import load_dataset
 from multilora.lab.world.render import sheet
 from multilora.lab.world.text import build_text_encoder, encode_texts
@@ -185,7 +186,7 @@ def _worker(rank, world, out, settings, port):
         noise = torch.randn(clean.shape, generator=generator)
         signal, level = signal_of[times].view(-1, 1, 1, 1), noise_of[times].view(-1, 1, 1, 1)
         wanted = signal * noise - level * clean
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
             made = model(signal * clean + level * noise, times, words).float()
         loss_each = F.mse_loss(made, wanted, reduction="none").mean((1, 2, 3))
         optimiser.zero_grad(set_to_none=False)

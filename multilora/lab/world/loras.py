@@ -119,6 +119,7 @@ def make_one(
 ) -> str:
     """Train, write, preview and judge one LoRA in the assets folder `out`; a line about it. Finished ones are kept."""
     from multilora.lab.train.lora import train
+    from multilora.lab.train.precision import fast_bfloat16
     from multilora.pipelines.load import load_pipeline
 
     torch.set_num_threads(threads)
@@ -133,7 +134,8 @@ def make_one(
     done = train(
         data, pipe, path, trigger=design.trigger, name=name, category=design.category, rank=plan.rank,
         modules=plan.modules, steps=plan.steps, lr=plan.lr, text_encoder=plan.text_encoder, seed=plan.seed,
-        high_noise=0.5, format=plan.format, checkpoint_every=0, mixed_precision="bf16",
+        high_noise=0.5, format=plan.format, checkpoint_every=0,
+        mixed_precision="bf16" if fast_bfloat16() else None,
     )  # fmt: skip
     seen = {"loss": round(sum(done.losses[-20:]) / len(done.losses[-20:]), 4), "seconds": round(done.seconds)}
     if judge:
