@@ -25,6 +25,7 @@ from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.pictures import read_pictures, same_pictures
 from multilora.pipelines.preview import preview as latent_preview
 from multilora.pipelines.running import counted, fresh_scheduler
+from multilora.pipelines.shelf import named, served
 from multilora.recipe import LoraUse, Recipe, Resolved
 from multilora.tags import parse_prompt
 
@@ -55,12 +56,12 @@ class Composer:
 
     The pipeline may be of any task; each picture is made by the class of its family that the picture's arguments ask
     for, with the same components. A ControlNet is the pipeline's own, a diffusers model, or a folder (see
-    load_controlnet).
+    load_controlnet). With a library (multilora.resident.Library) its LoRAs are loaded when a picture names them.
     """
 
-    def __init__(self, pipe: Any, base: str = "", controlnet: Any = None):
+    def __init__(self, pipe: Any, base: str = "", controlnet: Any = None, library: Any = None):
         self.component, self.denoiser = denoiser_of(pipe)
-        self.pipe = pipe
+        self.pipe, self.library = pipe, library
         self.controlnet_reference = str(controlnet) if isinstance(controlnet, (str, Path)) else ""
         if self.controlnet_reference:
             device, dtype = self.denoiser.device, self.denoiser.dtype
@@ -152,17 +153,18 @@ class Composer:
         name = getattr(getattr(self.controlnet, "config", None), "_name_or_path", "")
         return self.controlnet_reference or str(name or type(self.controlnet).__name__)
 
-    def _tagged(self, prompt: str) -> tuple[str, list[Member]]:
+    def _tagged(self, prompt: str, loras: Mapping[str, Any] | None) -> tuple[str, list[Member]]:
         """The prompt without its `<lora:...>` tags, and the composer's members with the tagged ones added.
 
         A tag that names a member gives that member its weight for this picture.
         """
         clean, tags = parse_prompt(prompt)
         members = dict(self.loras)
-        for tag in tags:
+        for tag in (*tags, *named(loras)):
             members[tag.name] = tagged(self.pipe, tag, members.get(tag.name))
         return clean, list(members.values())
 
+    @served
     @torch.no_grad()
     def __call__(
         self,
@@ -171,6 +173,7 @@ class Composer:
         method: str | Method | Bound = "merge",
         options: Mapping[str, Any] | None = None,
         *,
+        loras: Mapping[str, Any] | None = None,
         seed: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -198,6 +201,7 @@ class Composer:
         """Draw the prompt with the composer's LoRAs, and those that it names as `<lora:name:0.8>`.
 
         method, options        a route method and its options (also as keywords: every=5)
+        loras                  name -> weight, as tags in the prompt
         seed                   of the starting noise; None draws one, the recipe holds it. Picture i of several uses
                                seed + i
         width, height          in pixels, default the pictures' size, else the model's own
@@ -224,7 +228,7 @@ class Composer:
         bound = resolve("route", method, **{**(options or {}), **method_options})
         task, cls = self._class_for(pictures)
         request.text("prompt", prompt)
-        prompt, members = self._tagged(prompt)
+        prompt, members = self._tagged(prompt, loras)
         asked = request.checked(
             self.pipe,
             cls,
