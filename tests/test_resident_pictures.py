@@ -1,0 +1,128 @@
+"""60 LoRAs, room for 8: every picture is that of a fresh Composer with only its LoRAs, and memory does not grow."""
+
+import gc
+import random
+import tracemalloc
+
+import pytest
+import torch
+
+from multilora import files
+from multilora.lora import Lora
+from multilora.pipelines.image import Composer
+from multilora.resident import Library
+from tests import scene, tiny
+from tests.test_resident import WAIT, Watch
+
+COUNT, ROOM = 60, 8
+CHECKPOINTS = (50, 100, 200)  # requests after which memory is measured
+METHODS = (("merge", "auto"), ("composite", "side"), ("switch", "rebuilt"), ("composite", "auto"), ("merge", "side"))
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """(folder of 60 LoRAs for tests.tiny.sd15, bytes of a file)."""
+    folder, pipe = tmp_path_factory.mktemp("shelf"), tiny.sd15()
+    for i in range(COUNT):
+        lora = tiny.lora_for(pipe, seed=i, text_encoder=i % 3 == 0, modules=None if i % 3 == 0 else _denoiser)
+        lora = Lora({k: p for k, p in lora.items() if i % 3 or "unet" not in k or "attn1" in k})
+        files.save(lora, folder / f"l{i}.safetensors", format="diffusers")
+    return folder, max(path.stat().st_size for path in folder.iterdir())
+
+
+def _denoiser(key):
+    return key.startswith("unet.") and key.endswith(("to_q", "to_k", "to_v"))
+
+
+def requests(count, seed=5):
+    """Random requests: names with weights, method, form, seed; some by tags, some by keyword."""
+    draw = random.Random(seed)
+    for at in range(count):
+        names = draw.sample([f"l{i}" for i in range(COUNT)], draw.randint(1, 4))
+        method, form = METHODS[at % len(METHODS)]
+        weights = {name: round(draw.uniform(0.4, 1.2), 2) for name in names}
+        yield at, weights, {"method": method, "form": form, "seed": at, "num_inference_steps": 4, "every": 1}
+
+
+def asked(weights, options, by_tag):
+    every = {"every": options["every"]} if options["method"] == "switch" else {}
+    rest = {k: v for k, v in options.items() if k != "every"} | every
+    if by_tag:
+        tags = " ".join(f"<lora:{name}:{weight}>" for name, weight in weights.items())
+        return f"a fox {tags}", rest
+    return "a fox", {**rest, "loras": weights}
+
+
+def lone(pipe, folder, weights, options):
+    composer = Composer(pipe)
+    for name, weight in weights.items():
+        composer.add(folder / f"{name}.safetensors", weight=weight)
+    prompt, rest = asked({}, options, True)
+    return composer(prompt.strip(), **rest)
+
+
+def live():
+    """(count, bytes) of all tensors that the collector knows."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return len(tensors), sum(storages.values())
+
+
+def serve(shelf, count, monkeypatch, checkpoint=None):
+    folder, size = shelf
+    pipe, other = tiny.sd15(), tiny.sd15()
+    before = scene.digest(pipe)
+    watch = Watch(monkeypatch)
+    library = watch.library = Library(folder, pipe, limit_bytes=ROOM * size, pinned=["l7"])
+    composer = Composer(pipe, library=library)
+    todo, futures = list(requests(count)), []
+    plain = composer("a fox", seed=0, num_inference_steps=4).images[0]
+    for at, weights, options in todo:
+        prompt, rest = asked(weights, options, at % 2)
+        for name in todo[at + 1][1] if at + 1 < count else ():
+            futures.append(library.prefetch(name))  # while this picture runs
+        out = composer(prompt, **rest)
+        watch.sample()
+        assert {use.name: use.weight for use in out.recipe.loras} == weights
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "load", watch.original)
+            wanted = lone(other, folder, weights, options)
+        assert torch.equal(scene.pixels(out.images[0]), scene.pixels(wanted.images[0])), (at, weights, options)
+        assert not torch.equal(scene.pixels(out.images[0]), scene.pixels(plain))
+        assert composer.loras == {}
+        if checkpoint is not None and at + 1 in CHECKPOINTS:
+            assert all(future.result(WAIT) in (True, False) for future in futures)
+            futures.clear()
+            checkpoint(at + 1)
+    assert watch.most <= library.limit_bytes
+    assert watch.most_alive <= library.limit_bytes
+    assert "multilora-library" in watch.threads
+    assert len(library.resident) >= ROOM - 4
+    assert scene.digest(pipe) == before
+    return library, watch
+
+
+def test_pictures_do_not_depend_on_what_is_loaded(shelf, monkeypatch):
+    library, _ = serve(shelf, 25, monkeypatch)
+    assert library.loads > 40  # 25 requests name more LoRAs than there is room for
+    library.close()
+
+
+@pytest.mark.long
+def test_200_requests_and_no_growth(shelf, monkeypatch):
+    seen = {}
+
+    def checkpoint(at):
+        if at == CHECKPOINTS[0]:
+            tracemalloc.start()
+        else:
+            seen[at] = (*live(), tracemalloc.get_traced_memory()[0])
+
+    library, _ = serve(shelf, 200, monkeypatch, checkpoint)
+    tracemalloc.stop()
+    print(seen, library.loads)
+    (count, size, python), (later, later_size, later_python) = seen[100], seen[200]
+    assert later_size - size <= library.limit_bytes / 4
+    assert later - count <= 400
+    assert later_python - python < 500_000
