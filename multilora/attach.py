@@ -26,7 +26,7 @@ from multilora.compiled import Eager
 from multilora.lora import Lora
 from multilora.rebuilt import WIDE, Merged, Weight, mergeable, tied_parameters
 from multilora.side import Branch, Row
-from multilora.sites import Site, nearest, sites_of
+from multilora.sites import Site, nearest, quantised, sites_of
 from multilora.takeover import disabled, loaded
 
 __all__ = ["Bank", "attached", "loaded"]
@@ -295,6 +295,9 @@ def _form(form: str, model: nn.Module, sites: Sequence[Site]) -> str:
     if form in ("rebuilt", "bank"):
         if why:
             raise ValueError(f"form {form!r}: {why}, so its weights cannot be exchanged; use form='side' or 'auto'")
+        for site in sites:
+            if what := quantised(site.module):
+                raise ValueError(f"form {form!r}: {site.path} is a quantised {what}; use form='side' or 'auto'")
         return form
     if form == "auto" and not why and sites:
         tied = tied_parameters(model)

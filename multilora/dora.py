@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from multilora.bases import Base
 from multilora.lora import Dense, LowRank
+from multilora.sites import quantised
 
 # lycoris-lora adds it to the norm, PEFT adds none.
 _EPSILON = {"dora_scale": torch.finfo(torch.float32).eps, "magnitude": 0.0}
@@ -39,6 +40,8 @@ def base_weight(base: Base | None, targets: Sequence[str]) -> Tensor:
 
 
 def _plain(layer: nn.Module, target: str, shape: tuple[int, ...]) -> Tensor:
+    if kind := quantised(layer):
+        raise ValueError(f"this is DoRA, whose update depends on the base's weight; {target} is a quantised {kind}")
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and type(layer).__name__ == "Conv1D":
         weight = weight.T

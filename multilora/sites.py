@@ -91,6 +91,19 @@ def shape_of(module: nn.Module) -> tuple[int, ...] | None:
     return tuple(weight.shape) if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
+def quantised(module: nn.Module) -> str:
+    """What a module's weight is where its numbers are not plain floating point ("Linear with a weight in int8"), or ""."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return ""
+    kind = type(weight)  # torchao, quanto, GGUF and bitsandbytes have tensor classes of their own
+    if kind not in (Tensor, nn.Parameter):
+        return f"{type(module).__name__} with a weight of type {kind.__name__}"
+    if weight.is_floating_point() and weight.element_size() > 1:
+        return ""
+    return f"{type(module).__name__} with a weight in {str(weight.dtype).removeprefix('torch.')}"
+
+
 def nearest(name: str, known: Sequence[str], count: int = 3) -> str:
     """`; nearest: a, b, c`, or an empty string when nothing is near."""
     found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

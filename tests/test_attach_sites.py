@@ -8,7 +8,7 @@ from torch import nn
 from multilora.attach import attached
 from multilora.lora import Card, Lora
 from multilora.sites import block_factors
-from tests.test_attach import ROWS, _close, _dense, _inputs, _loras, _net, _per_sample
+from tests.test_attach import ROWS, _close, _inputs, _loras, _net, _per_sample
 
 
 def _attach(net=None, loras=None, **options):
@@ -89,6 +89,6 @@ def test_around_a_foreign_linear():
         bank.check_called()
     foreign = _net()
     foreign.blocks["1"].fc = Int8Linear(net.blocks["1"].fc)
-    with torch.no_grad(), attached(foreign, _loras(), form="rebuilt") as bank:  # what cannot be merged runs beside
-        bank.row = ROWS["all"]
-        _close(foreign(ids, x), _dense(net, _loras(), ROWS["all"], ids, x))
+    for form in ("rebuilt", "bank"):
+        with pytest.raises(ValueError, match=rf"form '{form}': blocks\.1\.fc is a quantised Int8Linear .* int8; use"):
+            attached(foreign, _loras(), form=form).__enter__()
