@@ -92,7 +92,7 @@ def shape_of(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def quantised(module: nn.Module) -> str:
-    """What a module's weight is where its numbers are not plain floating point ("Linear with a weight in int8"), or ""."""
+    """What a module is whose weight is not plain floating point, such as "Linear with a weight in int8"; else ""."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return ""
