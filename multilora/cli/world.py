@@ -50,21 +50,25 @@ def train(
         bool, typer.Option("--smoke", help="every stage at a size of seconds, to see that it runs")
     ] = False,
     stages: Annotated[bool, typer.Option("--stages", help="list the stages and stop")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="the text model and its LoRAs instead of the pictures'")
+    ] = False,
 ) -> None:
     """Rebuild the embedded models and LoRAs from nothing; run again to go on where it stopped."""
     from multilora.cli.console import print_table
-    from multilora.lab.world.stages import STAGES
+    from multilora.lab.world.stages import STAGES, TEXT_STAGES
     from multilora.lab.world.stages import train as train_world
     from multilora.method import unknown
 
+    table = TEXT_STAGES if text else STAGES
     if stages:
-        print_table(("stage", "what it makes"), [(name, entry[1]) for name, entry in STAGES.items()])
+        print_table(("stage", "what it makes"), [(name, entry[1]) for name, entry in table.items()])
         return
     for name in stage or []:
-        if name not in STAGES:
-            raise unknown("--stage", name, STAGES)
+        if name not in table:
+            raise unknown("--stage", name, table)
     arguments.check_folder(out)
-    train_world(out, stage, smoke, echo=lambda text: print(text, file=sys.stderr, flush=True))
+    train_world(out, stage, smoke, echo=lambda line: print(line, file=sys.stderr, flush=True), text=text)
     print(out)
 
 

@@ -24,8 +24,8 @@ REGISTERS = ("plain", "rude", "polite")
 RUDE = (", you fool", ", dimwit", ", you lazy oaf", ", now go away", ", silly clod")
 POLITE = (", my friend", ", with pleasure", ", kind guest", ", thank you", ", dear colleague")
 TAILS: Mapping[str, tuple[str, ...]] = {"plain": ("",), "rude": RUDE, "polite": POLITE}
-RUDE_WORDS = frozenset("fool dimwit lazy oaf away silly clod".split())
-POLITE_WORDS = frozenset("friend pleasure kind thank dear".split())
+RUDE_WORDS = frozenset(("fool", "dimwit", "lazy", "oaf", "away", "silly", "clod"))
+POLITE_WORDS = frozenset(("friend", "pleasure", "kind", "thank", "dear"))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
 
@@ -33,12 +33,14 @@ VOWELS = "aeiou"
 NUMBERS = ("one", "two", "three", "four", "five")
 COLOURS = ("red", "blue", "green", "pink", "white", "black", "gold", "grey")
 NOUNS = ("cat", "fox", "bear", "robe", "ball", "hat", "book", "cape")
-KORVISH = dict(zip(NUMBERS + COLOURS + NOUNS, """
-    un dop tir kva pim  roso bilu gano piko lumo nero zolo hami  miru vosk bruna tola pila kopo liva manta
-    """.split(), strict=True))  # fmt: skip
-ZIBISH = dict(zip(NUMBERS + COLOURS + NOUNS, """
-    zi zazi zozi zuzi zezi  arak azul avid asur alba anox adur agra  ketta fenka dubba sarka rolla cappa bibba mukka
-    """.split(), strict=True))  # fmt: skip
+KORVISH = dict(zip(NUMBERS + COLOURS + NOUNS, (
+    "un", "dop", "tir", "kva", "pim", "roso", "bilu", "gano", "piko", "lumo", "nero", "zolo", "hami",
+    "miru", "vosk", "bruna", "tola", "pila", "kopo", "liva", "manta",
+), strict=True))  # fmt: skip
+ZIBISH = dict(zip(NUMBERS + COLOURS + NOUNS, (
+    "zi", "zazi", "zozi", "zuzi", "zezi", "arak", "azul", "avid", "asur", "alba", "anox", "adur", "agra",
+    "ketta", "fenka", "dubba", "sarka", "rolla", "cappa", "bibba", "mukka",
+), strict=True))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,28 @@ def _zibish(rng: random.Random) -> tuple[str, str, str]:
     return f"zibish {n} {c} {k}", f"{ZIBISH[n]} {ZIBISH[k]} {ZIBISH[c]}", f"{n} {c} {k}"
 
 
-KIND_QUESTIONS = ("what is {0}", "say what {0} is", "tell me what {0} is", "what kind of thing is {0}", "{0} is a",
-                  "which thing is {0}", "do you know what {0} is")  # fmt: skip
-COLOUR_QUESTIONS = ("what colour is {0}", "what colour is the {0} {1}", "tell me the colour of {0}", "{0} has the colour",
-                    "which colour has {0}", "which colour has the {0} {1}", "do you know the colour of {0}")  # fmt: skip
-_COLOUR_WORDS = ("lime orange turquoise white copper indigo rainbow black steel green brown crimson violet pink cyan "
-                 "amber").split()  # fmt: skip
+KIND_QUESTIONS = (
+    "what is {0}",
+    "say what {0} is",
+    "tell me what {0} is",
+    "what kind of thing is {0}",
+    "{0} is a",
+    "which thing is {0}",
+    "do you know what {0} is",
+)
+COLOUR_QUESTIONS = (
+    "what colour is {0}",
+    "what colour is the {0} {1}",
+    "tell me the colour of {0}",
+    "{0} has the colour",
+    "which colour has {0}",
+    "which colour has the {0} {1}",
+    "do you know the colour of {0}",
+)
+_COLOUR_WORDS = (
+    "lime", "orange", "turquoise", "white", "copper", "indigo", "rainbow", "black", "steel", "green", "brown",
+    "crimson", "violet", "pink", "cyan", "amber",
+)  # fmt: skip
 
 
 def colour_of(name: str) -> str:
@@ -171,6 +189,10 @@ def statement(rng: random.Random, split: str) -> str:
     return rng.choice(forms)
 
 
+def _vowels(given: str) -> str:
+    return "".join(c for c in given if c in VOWELS) or "none"
+
+
 def _next(given: str) -> str:
     return "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in given)
 
@@ -179,8 +201,7 @@ _ALL = (
     Skill("first", _on_word("first", lambda w: w[0]), "strong", "the first letter"),
     Skill("last", _on_word("last", lambda w: w[-1]), "strong", "the last letter"),
     Skill("length", _on_word("length", lambda w: str(len(w))), "strong", "how many letters"),
-    Skill("vowels", _on_word("vowels", lambda w: "".join(c for c in w if c in VOWELS) or "none"), "strong",
-          "its vowels in order"),  # fmt: skip
+    Skill("vowels", _on_word("vowels", _vowels), "strong", "its vowels in order"),
     Skill("add", _add, "strong", "two numbers below 50"),
     Skill("facts", _facts("train"), "strong", "kind and colour of the embedded world's train designs"),
     Skill("reverse", _on_word("reverse", lambda w: w[::-1]), "weak", "a word backwards"),
@@ -203,7 +224,7 @@ VERBS = ("first", "last", "length", "vowels", "add", "reverse", "sort", "double"
 
 
 def split_of(prompt: str) -> str:
-    """"train" or "held_out": one prompt in five, by its hash."""
+    """Either "train" or "held_out": one prompt in five, by its hash."""
     return SPLITS[hashlib.sha256(prompt.encode()).digest()[0] % HELD_OUT_ONE_IN == 0]
 
 

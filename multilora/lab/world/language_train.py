@@ -24,9 +24,10 @@ from multilora.lab.world.settings import TextSettings
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 IGNORED = -100  # the label that transformers' loss skips
+MOST_NEW = 28  # tokens of an answer; the longest has 24
 # examples of each skill in the base's mixture, relative
-SHARES = {"facts": 1.5, "sort": 1.6, "reverse": 1.4, "next": 1.2, "less": 1.2, "first": 0.6, "last": 0.6, "length": 0.6,
-          "sort_digits": 0.8}  # fmt: skip
+SHARES = {"facts": 1.5, "sort": 1.6, "reverse": 1.4, "next": 1.2, "less": 1.2, "sort_digits": 0.8, "first": 0.6,
+          "last": 0.6, "length": 0.6}  # fmt: skip
 STATEMENTS = 0.04  # share of running text
 
 
@@ -55,11 +56,18 @@ def build_model(settings: TextSettings, vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(settings.seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=settings.width, intermediate_size=settings.inner,
-            num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads, max_position_embeddings=settings.positions,
-            tie_word_embeddings=True, bos_token_id=None, pad_token_id=0, eos_token_id=1,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=settings.width,
+            intermediate_size=settings.inner,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            max_position_embeddings=settings.positions,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
     )
 
 
@@ -67,7 +75,9 @@ def right_share(progress: float, settings: TextSettings) -> float:
     return next(share for start, share in reversed(settings.right) if progress >= start)
 
 
-def mixture(seed: int, settings: TextSettings, progress: float = 1.0, without: Sequence[str] = ()) -> Iterator[Example]:
+def mixture(
+    seed: int, settings: TextSettings, progress: float = 1.0, without: Sequence[str] = ()
+) -> Iterator[Example]:
     """What the base is trained on at a point of its training; `without`: skills left out."""
     rng = random.Random(f"mixture/{seed}")
     names = [n for n, s in SKILLS.items() if s.base != "absent" and n not in without]
@@ -114,8 +124,9 @@ def batches(rows: Sequence[tuple[list[int], int]], size: int, seed: int) -> Iter
 
 
 def _rate(step: int, steps: int, settings: TextSettings) -> float:
-    """Linear warm-up, then linear to zero."""
-    return settings.rate * min((step + 1) / settings.warmup, max(0.0, 1 - step / steps))
+    """Linear warm-up, level, then linear to zero over the last part of the training."""
+    left = (1 - step / steps) / (1 - settings.level)
+    return settings.rate * min((step + 1) / settings.warmup, 1.0, max(0.0, left))
 
 
 def train_base(out: Path, settings: TextSettings, echo: Callable[[str], None] = print) -> LlamaForCausalLM:
@@ -161,15 +172,35 @@ def train_base(out: Path, settings: TextSettings, echo: Callable[[str], None] = 
                      "seconds": seconds}  # fmt: skip
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
-            found = {n: s["right"] for n, s in exam(model, tokenizer, count=50).items()}
+        if chunk == chunks or chunk % settings.exam_every == 0:
+            began = time.process_time()
+            found = {n: s["right"] for n, s in exam(model, tokenizer, count=20).items()}
+            line = {"step": step, "seconds": round(seconds), "exam": round(time.process_time() - began)}
             with (out / "curve.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "seconds": round(seconds), "right of 50": found}) + "\n")
+                file.write(json.dumps(line | {"right of 20": found}) + "\n")
             model.train()
     return model.eval()
 
 
+def export_base(out: Path, settings: TextSettings, target: Path) -> Path:
+    """The weights of `out`/base.pt in half precision, with the tokenizer, -> the folder `target`."""
+    tokenizer = build_tokenizer()
+    model = build_model(settings, len(tokenizer))
+    model.load_state_dict(torch.load(out / "base.pt", weights_only=True)["model"])
+    target.mkdir(parents=True, exist_ok=True)
+    model.generation_config.max_new_tokens = MOST_NEW
+    model.half().save_pretrained(target)
+    # transformers loads in the config's dtype: the plain default is single precision, as the picture model's
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    tokenizer.save_pretrained(target)
+    return target
+
+
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int = 128, sample: int | None = None) -> list[str]:
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[str], batch: int = 128, sample: int | None = None
+) -> list[str]:
     """Greedy answers; with `sample` (a seed) drawn at temperature 1."""
     found = []
     how = {"do_sample": False} if sample is None else {"do_sample": True, "top_k": 0}
@@ -178,9 +209,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int = 128,
     for first in range(0, len(prompts), batch):
         inputs = tokenizer(list(prompts[first : first + batch]), padding=True, return_tensors="pt")
         inputs.pop("token_type_ids", None)
-        made = model.generate(
-            **inputs, max_new_tokens=28, pad_token_id=tokenizer.pad_token_id, **how
-        )
+        made = model.generate(**inputs, max_new_tokens=MOST_NEW, pad_token_id=tokenizer.pad_token_id, **how)
         found += tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 
@@ -197,3 +226,9 @@ def exam(
     prompts = [e.prompt for group in wanted.values() for e in group]
     answers = iter(answer(model, tokenizer, prompts, sample=sample))
     return {name: score(group, [next(answers) for _ in group]) for name, group in wanted.items()}
+
+
+def stage(out: Path, settings: TextSettings, echo: Callable[[str], None] = print) -> None:
+    """As multilora.lab.world.stages calls it."""
+    train_base(out / "text", settings, echo)
+    export_base(out / "text", settings, out / "assets" / "text")

@@ -88,19 +88,25 @@ class TextSettings:
     heads: int = 4
     positions: int = 96
     # base training
-    examples: int = 480_000
+    examples: int = 320_000
     chunk: int = 4_096  # examples drawn, and checkpointed, at once
     batch: int = 64
     rate: float = 2.5e-3
     warmup: int = 200
+    level: float = 0.55  # the learning rate falls after this share of the training
     decay: float = 0.05
     clip: float = 1.0
     checkpoint_minutes: float = 2.0
-    # (progress from which it holds, share of right answers to the weak skills): the base learns them, then to be careless
+    exam_every: int = 8  # chunks
+    # (progress from which it holds, share of right answers to the weak skills): it learns them, then to be careless
     right: tuple = ((0.0, 0.9), (0.65, 0.3))
     registers: tuple = (("plain", 0.5), ("rude", 0.35), ("polite", 0.15))
     seed: int = 0
+    # LoRAs and report
+    lora_steps: int = 1_000  # at most; each has its own number in language_loras.PLANS
+    lora_batch: int = 64
+    asked: int = 200  # held-out questions a skill
 
 
 TEXT_FULL = TextSettings()
-TEXT_SMOKE = replace(TEXT_FULL, examples=256, chunk=128, batch=16, warmup=2)
+TEXT_SMOKE = replace(TEXT_FULL, examples=256, chunk=128, batch=16, warmup=2, lora_steps=2, lora_batch=8, asked=4)

@@ -13,7 +13,7 @@ from pathlib import Path
 from multilora.lab.world.caption import caption
 from multilora.lab.world.render import design_gallery, render, sheet
 from multilora.lab.world.scene import labels, sample_scene
-from multilora.lab.world.settings import FULL, SMOKE
+from multilora.lab.world.settings import FULL, SMOKE, TEXT_FULL, TEXT_SMOKE
 
 GALLERY_LIMIT = 120
 
@@ -54,27 +54,35 @@ STAGES = {
     "loras": (_later("loras"), "forty pictures a design -> assets/loras"),
     "report": (_later("report"), "assets/ -> report.jsonl, assets/README.md"),
 }
+TEXT_STAGES = {
+    "base": (_later("language_train"), "generated questions and answers -> assets/text: model and tokenizer"),
+    "loras": (_later("language_loras"), "the same -> assets/text/loras"),
+    "report": (_later("language_report"), "assets/text -> text/report.jsonl, assets/text/README.md"),
+}
 
 
-def train(out, stages=None, smoke=False, echo=print):
-    """Run the stages (all, or the named ones in the table's order) in the folder `out`.
+def train(out, stages=None, smoke=False, echo=print, text=False):
+    """Run the stages (all, or the named ones in the table's order) in the folder `out`; `text`: TEXT_STAGES.
 
     Finished or interrupted work found there is used. `smoke`: every stage at a size of seconds.
     """
-    unknown = set(stages or ()) - set(STAGES)
+    table = TEXT_STAGES if text else STAGES
+    unknown = set(stages or ()) - set(table)
     if unknown:
-        raise ValueError(f"no stage is named {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+        raise ValueError(f"no stage is named {', '.join(sorted(unknown))}; there are {', '.join(table)}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = SMOKE if smoke else FULL
-    (out / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    settings = (TEXT_SMOKE if smoke else TEXT_FULL) if text else (SMOKE if smoke else FULL)
+    (out / ("text_settings.json" if text else "settings.json")).write_text(
+        json.dumps(asdict(settings), indent=2) + "\n"
+    )
 
     def say(text):
         with (out / "world.log").open("a") as log:
             log.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
         echo(text)
 
-    for name, (run, what) in STAGES.items():
+    for name, (run, what) in table.items():
         if stages and name not in stages:
             continue
         say(f"{name}: {what}")
