@@ -1,8 +1,7 @@
 """A language model, conducted: one call of it becomes the plan's passes and the mean of their logits.
 
 A step is a token. Each pass keeps its own KV cache, so that a pass reads what it wrote itself, and the encoder of an
-encoder-decoder runs once per pass. Rows of a batch may have weights of their own: each is then planned for by itself,
-and the passes of all run side by side.
+encoder-decoder runs once per pass. What the passes of a token are, says pipelines.text_requests.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from multilora.method import Bound
 from multilora.pipelines.denoise import Cancelled
 from multilora.pipelines.inputs import bound_arguments
 from multilora.pipelines.members import Member
-from multilora.plan import Moment, Pass, shares
+from multilora.pipelines.text_requests import Passes, Requests, combines
 from multilora.schedule import Schedule
 
 CACHES = ("cache", "past_key_values")  # what transformers calls a KV cache since 5.24, and before
@@ -65,17 +63,6 @@ class Run:
     checked: bool = False
 
 
-@dataclass(frozen=True)
-class Passes:
-    """The passes of one token: rows [passes][requests] (a single gate for one request), mix [requests] lists of shares
-    (padded with 0), moments [requests], counts [requests] of the passes that each asked for."""
-
-    rows: list[list[Any]]
-    mix: list[list[float]]
-    moments: list[Moment]
-    counts: list[int]
-
-
 class TextConductor:
     """Runs a bound route method on a language model with an attached bank. One call at a time: others wait.
 
@@ -93,10 +80,8 @@ class TextConductor:
         bound: Bound,
         cancel: Any = None,
     ):
-        self.model, self.bank, self.members, self.bound, self.cancel = model, bank, list(members), bound, cancel
-        self.requests = [list(request) for request in requests]
-        # a LoRA whose weight is exactly 0 is removed before the method sees the set
-        self.live = [[i for i, s in enumerate(request) if not s.is_zero] for request in self.requests]
+        self.model, self.bank, self.bound, self.cancel = model, bank, bound, cancel
+        self.requests = Requests(members, requests, bound)
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         self.calls = 0
         self.passes: list[int] = []
@@ -207,8 +192,7 @@ class TextConductor:
         known = self._runs.get(cache) if cache is not None and past else None
         if generation is None and known is not None:
             return known
-        plans = [self.bound([self.members[i].lora for i in live]) if live else None for live in self.live]
-        run = Run(plans, generation, others=known.others if known else [])
+        run = Run(self.requests.plans(), generation, others=known.others if known else [])
         if generation is not None:
             generation.run = run
         self.passes = []
@@ -216,47 +200,13 @@ class TextConductor:
         return run
 
     def _planned(self, run: Run, step: int) -> Passes:
-        """The passes of a step, of all requests side by side."""
         steps = run.generation.steps(run.start or 1) if run.generation else step + 1
-        planned: list[list[Pass]] = []
-        moments = []
-        for plan, live, request in zip(run.plans, self.live, self.requests, strict=True):
-            weights = tuple(request[i].at(step, steps) for i in live)
-            cards = tuple(self.members[i].lora.card for i in live)
-            moments.append(Moment(step, steps, float(step), None, weights, cards))
-            planned.append([Pass(())] if plan is None else list(plan(moments[-1])))
-        count = max(len(passes) for passes in planned)
-        rows: list[list[Any]] = [[] for _ in range(count)]
-        mix = []
-        for passes, live in zip(planned, self.live, strict=True):
-            padding = count - len(passes)
-            mix.append(shares(passes) + [0.0] * padding)
-            for j, p in enumerate(passes + [passes[-1]] * padding):
-                rows[j].append(self._row(p, live))
-        return Passes(rows, mix, moments, [len(passes) for passes in planned])
-
-    def _row(self, p: Pass, live: Sequence[int]) -> Any:
-        """A pass's row [loras] over all LoRAs of the bank, or its gate."""
-        if callable(p.row):
-            if len(self.requests) > 1 or len(live) < len(self.members):
-                raise ValueError(
-                    f"method {self.bound.record.name} routes token by token: wanted one set of weights for the whole "
-                    f"batch, none of them 0"
-                )
-            return p.row
-        if len(p.row) != len(live):
-            raise ValueError(
-                f"method {self.bound.record.name}: a pass's row has {len(p.row)} entries for {len(live)} LoRAs"
-            )
-        whole = [0.0] * len(self.members)
-        for i, value in zip(live, p.row, strict=True):
-            whole[i] = float(value)
-        return tuple(whole)
+        return self.requests.passes(run.plans, step, steps)
 
     def _check_passes(self, run: Run, passes: Passes, arguments: dict, cache: Any, past: int) -> None:
         name, count = self.bound.record.name, len(passes.rows)
         self._check_mode(run, passes)
-        if count == 1 and not self._combines(run):
+        if count == 1 and not combines(run.plans):
             return
         if arguments.get("labels") is not None:
             raise ValueError(f"labels: {name} averages {count} passes; take the loss from the averaged logits instead")
@@ -293,10 +243,6 @@ class TextConductor:
                 f"{mode} under {name}: its row changes from token to token; use greedy decoding or sampling"
             )
 
-    @staticmethod
-    def _combines(run: Run) -> bool:
-        return any(getattr(plan, "combine", None) is not None for plan in run.plans)
-
     # -- running the model -------------------------------------------------------------------------------------------
 
     def _perform(
@@ -326,7 +272,7 @@ class TextConductor:
         if not run.checked and (given is None or ours):
             self.bank.check_called()
             run.checked = True
-        mixed = self._mixed(logits, run, passes, samples)
+        mixed = self.requests.mixed(logits, run.plans, passes)
         return first if mixed is first.logits else type(first)(**{**first, "logits": mixed})
 
     def _inner(self, model: Callable, arguments: dict) -> Any:
@@ -352,25 +298,6 @@ class TextConductor:
         # A prompt runs on the side: one call is no reason to rebuild every weight. A row per sample does that.
         beside = prefill and self.bank.form != "side"
         self.bank.row = rows[0] if same and not beside else [row for row in rows for _ in range(times)]
-
-    def _mixed(self, logits: list[Tensor], run: Run, passes: Passes, samples: int) -> Tensor:
-        """The mean of the passes' logits [B, T, V] by each request's shares, in float32 at least."""
-        if not self._combines(run):
-            if len(logits) == 1 and all(mix == [1.0] for mix in passes.mix):
-                return logits[0]
-            wide = torch.promote_types(logits[0].dtype, torch.float32)
-            mix = torch.tensor(passes.mix, dtype=wide, device=logits[0].device)
-            mix = mix.repeat_interleave(samples // len(mix), 0)
-            return sum(one.to(wide) * mix[:, j, None, None] for j, one in enumerate(logits))
-        times, found = samples // len(self.requests), []
-        for r, (plan, count) in enumerate(zip(run.plans, passes.counts, strict=True)):
-            own = [one[r * times : (r + 1) * times] for one in logits[:count]]
-            combine = getattr(plan, "combine", None)
-            if combine is not None:
-                found.append(combine(own, passes.moments[r]))
-            else:
-                found.append(sum(one * share for one, share in zip(own, passes.mix[r], strict=False)))
-        return torch.cat(found)
 
     def _check_cancel(self, step: int) -> None:
         if self.cancel is not None and self.cancel.is_set():

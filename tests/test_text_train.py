@@ -221,6 +221,31 @@ def test_divergence_names_step_rate_and_cure(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command(folder, tmp_path, capsys):
+    from multilora.cli import main
+
+    def call(*words):
+        with pytest.raises(SystemExit) as left:
+            main([str(word) for word in words])
+        return left.value.code, *capsys.readouterr()
+
+    tiny_text.model("llama").save_pretrained(tmp_path / "base")
+    tiny_text.tokenizer().save_pretrained(tmp_path / "base")
+    words = ["train", "lora", folder, "--base", tmp_path / "base", "--steps", "3", "--batch", "2", "--rank", "2"]
+    words += ["--out", tmp_path / "new" / "rude", "--lr", "0.01"]
+    code, out, err = call(*words, "--category", "register", "--json")
+    assert code in (0, None), err
+    assert json.loads(out)["steps"] == 3
+    lora = files.load(tmp_path / "new" / "rude", base=tiny_text.model("llama"))
+    assert (lora.card.name, lora.card.category, len(lora)) == ("rude", "register", 14)
+    for more, said in [(["--min-snr", "5"], "--min-snr"), (["--format", "kohya"], "PEFT folder")]:
+        code, _, err = call(*words, *more)
+        assert (code, said in err) == (2, True), err
+    (folder / "b.jsonl").write_text('{"question": "a"}')
+    code, _, err = call(*words)
+    assert (code, "b.jsonl, line 1" in err) == (2, True), err
+
+
 @pytest.mark.long
 def test_two_processes_are_one_with_the_doubled_batch(folder, tmp_path):
     """Losses of 20 steps within 1e-4 of one process with batch 4; the world has two processes."""
