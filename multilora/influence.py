@@ -40,7 +40,7 @@ def without(text: str, triggers: Sequence[str]) -> str:
     """The text without these triggers; commas and blanks that are left over go with them."""
     for trigger in sorted(triggers, key=len, reverse=True):  # "zib alien" before "zib"
         text = _words(trigger).sub("", text)
-    text = re.sub(r"\s*,(\s*,)+\s*", ", ", text)
+    text = re.sub(r"(\s*,)+", ",", text)
     return re.sub(r"\s+", " ", text).strip(" ,")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from multilora import files, lbw
+from multilora import files, lbw, strength
 from multilora.attach import attached, loaded
 from multilora.lora import Lora
 from multilora.method import Bound, Method, resolve
@@ -204,7 +204,8 @@ def composing(
     options          of the method
 
     Yields the Conductor, or None when no LoRA has a weight other than 0: then the model is untouched. Everything is
-    undone when the block ends, however it ends. Raises ValueError for bad arguments before anything is attached.
+    undone when the block ends, however it ends. Raises ValueError for bad arguments before anything is attached; warns
+    (multilora.strength.TooStrong) before the first run when the LoRAs add up to more than pictures bear.
     """
     component, denoiser = denoiser_of(pipe)
     bound = resolve("route", method, **options)
@@ -212,6 +213,13 @@ def composing(
     members = [m.scaled(float(scale)) for m in members_of(pipe, loras, weights)]
     members = [m for m in members if not m.weight.is_zero]
     encodings = Encodings(pipe, denoiser, members, text_encoder)
+
+    def stack() -> strength.Stack:
+        blocks = [dict(m.blocks) or None for m in members]
+        return strength.stack_of(denoiser, [m.lora for m in members], component, names=names, blocks=blocks)
+
+    names = [m.name for m in members]
+    bound = strength.guarded(bound, stack, [m.weight for m in members], [m.mask is not None for m in members])
     if not members:
         with lane(denoiser):  # another thread's composition is no part of the untouched model
             yield None

@@ -161,12 +161,15 @@ class Encodings:
     @property
     def prompts(self) -> list[str]:
         """The texts of the first call, "prompt" before "prompt_2"; none where only embeddings are known."""
-        if not any(call == 0 for call, _ in self._cache):
+        if not self.calls:
             return []
         return [text for value in self._texts().values() for text in ([value] if isinstance(value, str) else value)]
 
     def encoded(self, edit: Callable[[str], str]) -> dict[str, Any]:
-        """Embeddings by name of the first call's texts as `edit` changes them, with no LoRA in the text encoders."""
+        """Embeddings by name of the first call's texts as `edit` changes them, with no LoRA in the text encoders.
+
+        For a denoiser that is not in the table: what `encode_prompt` returns first.
+        """
         texts = {
             name: edit(value) if isinstance(value, str) else [edit(text) for text in value]
             for name, value in self._texts().items()
@@ -177,7 +180,8 @@ class Encodings:
             given = inspect.signature(self._original).bind(*args, **kwargs)
             given.arguments.update(texts)
             none = self.row([0.0] * len(self.members))
-            named = encodings_of(self.denoiser, self._encode(self._original, given.args, given.kwargs, none)) or {}
+            returned = self._encode(self._original, given.args, given.kwargs, none)
+            named = encodings_of(self.denoiser, returned) or {"prompt_embeds": returned[0]}
             positive = {n: v for n, v in named.items() if not n.startswith("negative")}
             self._edited[key] = {n: v for n, v in positive.items() if "embeds" in n}
         return self._edited[key]

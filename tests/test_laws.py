@@ -54,10 +54,10 @@ class Toy:
             self.pipe = getattr(tiny, family)(torch.float64)
         text = family != "linear"
         wanted = {"modules": ["matrix"]} if family == "linear" else {}
-        self.loras = [
-            tiny.lora_for(self.pipe, rank=r, seed=i, text_encoder=text and i != 1, **wanted)
-            for i, r in enumerate((2, 4, 3))
-        ]
+        self.loras = []
+        for i, (rank, trigger) in enumerate(((2, "fox"), (4, "a wizard robe"), (3, "red"))):
+            lora = tiny.lora_for(self.pipe, rank=rank, seed=i, text_encoder=text and i != 1, **wanted)
+            self.loras.append(lora.replace(card=lora.card.replace(triggers=(trigger,))))
 
     def draw(self, pipe=None, latents=None, **more):
         """(answers of the denoiser over a few guided steps, the latents after them)."""

@@ -14,6 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from multilora.cli.compare import compare
 from multilora.cli.compose import compose
+from multilora.cli.console import warnings_as_notes
 from multilora.cli.convert import convert
 from multilora.cli.doctor import doctor
 from multilora.cli.extract import extract
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Errors that say what the user can do are printed as one message; --traceback shows where they came from.
     """
     try:
-        app(args=None if arguments is None else list(arguments))
+        with warnings_as_notes():
+            app(args=None if arguments is None else list(arguments))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -33,7 +33,12 @@ def compose(
     base: Annotated[str | None, typer.Option(help="'embedded' (default), a pipeline folder or a hub id")] = None,
     scheduler: Annotated[str | None, typer.Option(help="diffusers class name, default the base's own")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="per_row, all, first or none")] = None,
-    block: Annotated[Many | None, typer.Option(help="LORA:GLOB=FACTOR, weight of part of a LoRA; repeat")] = None,
+    block: Annotated[
+        Many | None, typer.Option(help="LORA:GLOB=FACTOR or LORA:lbw=OUTALL, weight of part of a LoRA; repeat")
+    ] = None,
+    lbw_presets: Annotated[
+        Path | None, typer.Option(help="file of your own lbw presets, lines NAME:1,0,0,...")
+    ] = None,
     mask: Annotated[Many | None, typer.Option(help="LORA=PICTURE, where the LoRA acts (white); repeat")] = None,
     text_weight: Annotated[Many | None, typer.Option(help="LORA=WEIGHT in the text encoder; repeat")] = None,
     positive_only: Annotated[Many | None, typer.Option(help="LORA that leaves the negative branch alone")] = None,
@@ -44,6 +49,9 @@ def compose(
         Path | None, typer.Option("--from", help="a PNG that multilora wrote: make it again, with what else is given")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder, or a .png for one picture")] = Path("out"),
+    show_schedule: Annotated[
+        bool, typer.Option("--show-schedule", help="also plot the weights over the steps, beside the picture")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print paths and recipes as JSON")] = False,
 ) -> None:
     """Draw a prompt with several LoRAs; without any argument, show what the methods do to four LoRAs."""
@@ -70,11 +78,12 @@ def compose(
         for name, value in {
             "--lora": lora, "--compare": compare, "--singles": singles, "--base": base, "--block": block,
             "--mask": mask, "--text-weight": text_weight, "--positive-only": positive_only,
+            "--lbw-presets": lbw_presets, "--show-schedule": show_schedule,
         }.items():  # fmt: skip
             if value:
                 raise ValueError(f"{name} does not go with --from: the recipe in {source} has its own")
         changes = {**request, **({} if prompt is None else {"prompt": prompt})}
-        taken, sheet = [again(source, changes, method, option or [], device, out)], None
+        taken, sheet, plot = [again(source, changes, method, option or [], device, out)], None, None
     else:
         if method and compare:
             raise ValueError("--method and --compare: give one of them")
@@ -87,11 +96,14 @@ def compose(
             compare is not None,
             singles,
             base or "embedded",
+            show_schedule=show_schedule,
+            presets=lbw_presets,
         )
-        taken, sheet = fresh(order, request, device, out)
+        taken, sheet, plot = fresh(order, request, device, out)
     paths = [path for shot in taken for path in shot.paths]
     if as_json:
-        print_json({"pictures": [p for shot in taken for p in described(shot)], "sheet": sheet and str(sheet)})
+        also = {"sheet": sheet and str(sheet), **({"schedule": str(plot)} if plot else {})}
+        print_json({"pictures": [p for shot in taken for p in described(shot)], **also})
         return
-    for path in [*paths, *([sheet] if sheet else [])]:
+    for path in [*paths, *(path for path in (sheet, plot) if path)]:
         print(path)

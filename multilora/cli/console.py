@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,24 @@ from typing import Any
 def note(text: str) -> None:
     """A line for the person at the terminal; never part of the output."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Warnings meant for users as one line each, without the place in the source; others as Python shows them."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], filename: str, lineno: int, *more: Any, **named: Any) -> None:
+        if issubclass(category, UserWarning):
+            note(f"note: {message}")
+        else:
+            before(message, category, filename, lineno, *more, **named)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def print_json(value: Any) -> None:

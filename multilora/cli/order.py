@@ -28,6 +28,7 @@ class Order:
     compare: bool
     singles: bool
     base: str
+    show_schedule: bool = False  # also draw the weights over the steps
     presets: Path | None = None  # file of the user's own lbw presets
     alone: dict[str, str] = field(default_factory=dict)  # prompts of singles by LoRA ("": the base); else the prompt
 
@@ -73,13 +74,17 @@ def filled(order: Order, request: dict[str, Any]) -> Order:
     return replace(order, prompt=text, loras=[*order.loras, *tagged], lora_options=options, methods=methods)
 
 
-def fresh(order: Order, request: dict[str, Any], device: str | None, out: Path) -> tuple[list[Taken], Path | None]:
+def fresh(
+    order: Order, request: dict[str, Any], device: str | None, out: Path
+) -> tuple[list[Taken], Path | None, Path | None]:
     """Draw an order and save it. `request` are keywords of the Composer.
 
-    Returns the variants with their paths, and the contact sheet's path where methods are compared. Raises ValueError
+    Returns the variants with their paths, the contact sheet's path where methods are compared, and the schedule's
+    where it was asked for. Raises ValueError
     for whatever does not fit; what needs no model is found before one is loaded.
     """
     from multilora.pipelines.load import find_lora
+    from multilora.trace import traced
 
     order = filled(order, request)
     bound = arguments.read_methods(order.methods, order.options)
@@ -107,14 +112,35 @@ def fresh(order: Order, request: dict[str, Any], device: str | None, out: Path) 
         shots = [Shot("base", [], "merge", "no LoRA", order.alone.get(""))]
         shots += [Shot(m.name, [m], "merge", _about(m), order.alone.get(m.name)) for m in members]
     singles = len(shots)
+    drawn: dict[str, list] = {}
     for b in bound:
+        title = b.record.name.replace("_", " ")
         settings = ", ".join(f"{name}={value}" for name, value in b.options.items())
-        shots.append(Shot(b.record.name.replace("_", " "), members, b, settings))
+        if order.show_schedule:
+            b, drawn[title] = traced(b)
+        shots.append(Shot(title, members, b, settings))
     taken = take(composer, shots, {"prompt": order.prompt, **request})
     save(taken, out)
-    if not order.compare:
-        return taken, None
-    return taken, draw_sheet(taken, singles, out / sheet_name(taken[singles:]))
+    plot = _plotted(taken[singles], members, drawn) if order.show_schedule else None
+    sheet = draw_sheet(taken, singles, out / sheet_name(taken[singles:])) if order.compare else None
+    return taken, sheet, plot
+
+
+def _plotted(shot: Taken, members: list[Any], drawn: dict[str, list]) -> Path | None:
+    """The chart of what the methods did over the steps, beside the first picture; None where no LoRA acted."""
+    from multilora.lab.schedule_chart import draw_schedule
+    from multilora.trace import by_step
+
+    runs = {title: by_step(plans[0]) for title, plans in drawn.items() if plans}
+    if not runs:
+        note("--show-schedule: no LoRA acts, so there is nothing to plot")
+        return None
+    recipe = shot.recipes[0]
+    names = [m.name for m in members if not m.weight.is_zero]
+    subtitle = f"{recipe.steps} steps, {recipe.scheduler}"
+    path = shot.paths[0].with_name(f"{shot.paths[0].stem}_schedule.png")
+    draw_schedule(names, runs, title=recipe.prompt, subtitle=subtitle).save(path)
+    return path
 
 
 def again(
