@@ -21,6 +21,7 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     TextKVCacheConfig,
     apply_first_block_cache,
+    apply_mag_cache,
     apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
 )
@@ -42,7 +43,7 @@ ALWAYS = FirstBlockCacheConfig(threshold=1e9)  # skips whenever something is sto
 def arguments(pipe, steps: int = STEPS, guided: bool = True) -> dict:
     name = type(pipe).__name__
     own = {"max_sequence_length": 16} if "Flux" in name else {"max_sequence_length": 96}
-    if name == "ZImagePipeline":
+    if name in ("ZImagePipeline", "StableDiffusion3Pipeline"):
         own.update(height=32, width=32)
         guidance = {"guidance_scale": 3.0} if guided else {"guidance_scale": 0.0}
     else:
@@ -352,20 +353,51 @@ def test_a_cache_that_comes_and_goes_between_pictures(flux):
         assert torch.equal(draw(pipe), plain)
 
 
-@pytest.mark.parametrize("passes_per_call", [None, 1])
-def test_z_image_with_taylorseer(passes_per_call):
-    """Z-Image has no enable_cache; the hooks can be put on by hand. Lists in and out, both halves in one call."""
-    pipe = tiny_more.z_pipe()
-    loras = pair(pipe)
-    plain = composed(pipe, loras, "composite", passes_per_call)
-    config = TaylorSeerCacheConfig(
-        cache_interval=3, disable_cache_before_step=1, cache_identifiers=[r"layers\.\d+\.attention"]
+def taylor_by_hand(model, pattern):
+    config = TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1, cache_identifiers=[pattern])
+    apply_taylorseer_cache(model, config)
+
+
+def mag_by_hand(model, pattern):
+    config = MagCacheConfig(
+        threshold=9.0, max_skip_steps=2, retention_ratio=0.0, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS
     )
-    apply_taylorseer_cache(pipe.transformer, config)
-    with counted(middle(pipe)) as seen:
-        cached = composed(pipe, loras, "composite", passes_per_call)
-    assert len(seen) == (6 if passes_per_call else 3)  # at steps 0, 2 and 5
-    assert 1e-4 < handloop.relative(cached, plain) < 1
+    apply_mag_cache(model, config)
+
+
+def broadcast_by_hand(model, pattern):
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=3,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        spatial_attention_block_identifiers=(pattern,),
+        current_timestep_callback=lambda: 500,
+    )
+    apply_pyramid_attention_broadcast(model, config)
+
+
+@pytest.mark.parametrize(
+    ("family", "put", "pattern", "steps"),
+    [
+        (tiny_more.z_pipe, taylor_by_hand, r"layers\.\d+\.attention", (0, 2, 5)),
+        (tiny_more.z_pipe, broadcast_by_hand, r"layers\.\d+\.attention", (0, 3)),
+        (tiny.sd3, taylor_by_hand, r"transformer_blocks\.\d+\.attn", (0, 2, 5)),
+        (tiny.sd3, broadcast_by_hand, r"transformer_blocks\.\d+\.attn", (0, 3)),
+        (tiny.sd3, mag_by_hand, "", (0, 3)),
+    ],
+)
+def test_put_on_by_hand(family, put, pattern, steps):
+    """SD3 and Z-Image have no enable_cache. Both halves in one call, Z-Image with lists in and out."""
+    pipe = family()
+    loras = pair(pipe)
+    one = composed(pipe, loras, "composite", 1, num_inference_steps=1)
+    plain = composed(pipe, loras, "composite", 1)
+    put(pipe.transformer, pattern)
+    assert torch.equal(composed(pipe, loras, "composite", 1, num_inference_steps=1), one)
+    for passes_per_call, rows in ((1, 2), (None, 1)):
+        with counted(middle(pipe)) as seen:
+            cached = composed(pipe, loras, "composite", passes_per_call)
+        assert len(seen) == rows * len(steps)
+        assert 1e-4 < handloop.relative(cached, plain) < 2
 
 
 def test_a_unet_with_broadcast_attention():

@@ -29,6 +29,7 @@ BASES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (tiny.sd15, "sd15"),
     "stabilityai/stable-diffusion-xl-base-1.0": (tiny.sdxl, "sdxl"),
     "stabilityai/stable-diffusion-3.5-medium": (tiny_tasks.sd3, "sd3"),
+    "stabilityai/stable-diffusion-3-medium-diffusers": (tiny_tasks.sd3, "sd3"),
     "black-forest-labs/FLUX.1-dev": (lambda: tiny.flux(guidance_embeds=True), "flux"),
     "black-forest-labs/FLUX.1-schnell": (tiny.flux, "flux"),
     "Qwen/Qwen-Image": (tiny_more.qwen_pipe, "qwen"),
@@ -77,6 +78,13 @@ def small(tmp_path, monkeypatch):
         tiny_tasks.controlnet(family, pipe).save_pretrained(folder)
         return str(folder)
 
+    def from_single_file(cls, file, torch_dtype):
+        assert torch_dtype == torch.float32
+        pipe, family = loaded[-1]
+        return tiny_tasks.controlnet(family, pipe)
+
+    monkeypatch.setattr(diffusers.ZImageControlNetModel, "from_single_file", classmethod(from_single_file))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, filename: filename)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     tiny_tasks.picture().save("photo.png")
