@@ -74,6 +74,8 @@ class Stand:
         self._module, self._answer = module, answer
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("_module", "_answer"):  # a copy that is being made has none yet
+            raise AttributeError(name)
         return getattr(self._module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +156,7 @@ class Dense:
 
     def model(self, row: Row) -> Any:
         if row not in self._models:
+            assert not any(m._forward_hooks for m in self.own.modules()), "call prepare() before LoRAs are attached"
             self._models[row] = handloop.dense(self.own, self.factors, row, self.name)
         return self._models[row]
 
