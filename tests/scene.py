@@ -16,12 +16,12 @@ from tests import handloop, tiny
 
 FAMILIES = ("sd15", "sd3", "flux")
 PROMPT, NEGATIVE = "a fox", "blur"
-LENGTHS = {"sd15": {}, "sd3": {"max_sequence_length": 16}, "flux": {"max_sequence_length": 16}}
+LENGTHS = {"sd15": {}, "sdxl": {}, "sd3": {"max_sequence_length": 16}, "flux": {"max_sequence_length": 16}}
 
 
 def family_of(pipe) -> str:
     names = {"StableDiffusionPipeline": "sd15", "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
-    return names[type(pipe).__name__]
+    return {**names, "StableDiffusionXLPipeline": "sdxl"}[type(pipe).__name__]
 
 
 def denoiser(pipe) -> nn.Module:

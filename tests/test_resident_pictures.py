@@ -3,6 +3,7 @@
 import gc
 import random
 import tracemalloc
+import warnings
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def lone(pipe, folder, weights, options):
 def live():
     """(count, bytes) of all tensors that the collector knows."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other packages' deprecated objects complain when they are looked at
+        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return len(tensors), sum(storages.values())
 
@@ -126,3 +129,36 @@ def test_200_requests_and_no_growth(shelf, monkeypatch):
     assert later_size - size <= library.limit_bytes / 4
     assert later - count <= 400
     assert later_python - python < 500_000
+
+
+@pytest.mark.parametrize("form", ["side", "rebuilt"])
+def test_what_a_run_holds_beside_the_library(shelf, form):
+    """One more copy of the factors in use, folded ones, or one copy of the weights; all gone after the picture."""
+    folder, size = shelf
+    pipe = tiny.sd15()
+    library = Library(folder, pipe, limit_bytes=ROOM * size)
+    composer = Composer(pipe, library=library)
+    weights = {"l1": 0.5, "l2": 0.9}
+    options = {"form": form, "seed": 0, "num_inference_steps": 1}
+
+    def while_drawing(**more):
+        """Bytes of tensors at the end of the step, beyond those before the picture; none is left after it."""
+        composer("a fox", **options, **more)
+        before, during = live()[1], []
+        composer("a fox", progress=lambda *_: during.append(live()[1]), **options, **more)
+        assert live()[1] == before
+        return during[0] - before
+
+    extra = while_drawing(loras=weights, method="merge") - while_drawing()
+    resident = library.resident_bytes
+    base = sum(pipe.unet.get_submodule(path).weight.nbytes for path in _adapted(folder, weights))
+    assert resident <= 2 * size
+    if form == "side":
+        assert 0.9 * resident < extra < 2.1 * resident
+    else:
+        assert 0.9 * (base + resident) < extra < base + 2.1 * resident
+
+
+def _adapted(folder, names):
+    loras = [files.load(folder / f"{name}.safetensors") for name in names]
+    return {key.removeprefix("unet.") for lora in loras for key in lora if key.startswith("unet.")}
