@@ -20,6 +20,7 @@ from multilora.pipelines.lanes import lane
 from multilora.pipelines.load import find_lora
 from multilora.pipelines.members import Member, read_mask
 from multilora.pipelines.prompt import Encodings
+from multilora.pipelines.running import controlnet_as_base
 from multilora.schedule import Schedule
 from multilora.sites import block_factors, canonical
 from multilora.tags import LoraTag
@@ -235,6 +236,7 @@ def composing(
                 blocks=[dict(m.blocks) or None for m in members],
             )
         )
+        stack.enter_context(controlnet_as_base(getattr(pipe, "controlnet", None), bank))
         clock = stack.enter_context(step_clock(pipe.scheduler, lambda: getattr(pipe, "_num_timesteps", None)))
         stack.enter_context(encodings.listening())
         conductor = Conductor(

@@ -24,7 +24,7 @@ from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_controlne
 from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.pictures import read_pictures, same_pictures
 from multilora.pipelines.preview import preview as latent_preview
-from multilora.pipelines.running import counted, fresh_scheduler
+from multilora.pipelines.running import counted, fixed_randomness, fresh_scheduler
 from multilora.pipelines.shelf import named, served
 from multilora.recipe import LoraUse, Recipe, Resolved
 from multilora.tags import parse_prompt
@@ -283,6 +283,7 @@ class Composer:
                 )
             )
             clock = conductor.clock if conductor else stack.enter_context(counted(pipe, self.denoiser))
+            stack.enter_context(fixed_randomness(self.denoiser.device))
             images = pipe(
                 **asked.call,
                 generator=generator if asked.pictures > 1 else generator[0],

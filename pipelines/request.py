@@ -187,6 +187,11 @@ def checked(
         "controlnet_conditioning_scale": scale,
         **{roles(cls)[role]: picture for role, picture in images.items()},
     }
+    # One copy per picture: else all are encoded by the first one's generator (and SD3's pipeline fails); Z-Image's
+    # ControlNet, which encodes without one, repeats its picture and forgets the mask.
+    repeated = "image" if "strength" in call else "mask_image"
+    if count > 1 and wanted.get(repeated) is not None and not (pipeline_options or {}).get("padding_mask_crop"):
+        wanted[repeated] = [wanted[repeated]] * count
     set_here = (*wanted, "generator", "callback_on_step_end")
     options = check_options(pipeline_options or {}, call, set_here)
     recorded = {

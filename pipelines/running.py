@@ -11,7 +11,7 @@ import torch
 from multilora.method import unknown
 from multilora.pipelines.clock import Clock, step_clock
 from multilora.pipelines.denoise import intercepted
-from multilora.pipelines.inputs import bound_arguments
+from multilora.pipelines.inputs import bound_arguments, inputs_of
 
 
 @contextlib.contextmanager
@@ -34,14 +34,50 @@ def fresh_scheduler(pipe: Any, name: str | None, config: Mapping[str, Any] | Non
 
 
 @contextlib.contextmanager
+def fixed_randomness(device: torch.device) -> Iterator[None]:
+    """torch's global generator seeded for the block, and as it was after it.
+
+    Not every random number of a pipeline comes from its `generator`: SD3's ControlNet encodes the control image with
+    the global one. The seed is the same for every picture, so that picture i of several is the lone one of seed + i.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        torch.manual_seed(0)
+        yield
+
+
+@contextlib.contextmanager
 def counted(pipe: Any, denoiser: torch.nn.Module) -> Iterator[Clock]:
     """The step clock of a picture without LoRAs: calls of the denoiser are counted and nothing else."""
     with step_clock(pipe.scheduler, lambda: getattr(pipe, "_num_timesteps", None)) as clock:
         forward = getattr(denoiser, "_orig_mod", denoiser).forward
+        table = inputs_of(denoiser)
+        time = table.time if table is not None else "timestep"
 
         def count(model: Callable, args: tuple, kwargs: dict) -> Any:
-            clock.call(bound_arguments(forward, args, kwargs).get("timestep"))
+            clock.call(bound_arguments(forward, args, kwargs).get(time))
             return model(*args, **kwargs)
 
         with intercepted(denoiser, count):
             yield clock
+
+
+@contextlib.contextmanager
+def controlnet_as_base(net: Any, bank: Any) -> Iterator[None]:
+    """A ControlNet that runs modules of the denoiser (Z-Image's does) runs them without LoRAs.
+
+    It comes before the passes of a step, and one run of it serves all of them: whatever row the last pass has left is
+    not its own.
+    """
+    adapted = {id(site.module) for site in bank.sites}
+    shares = isinstance(net, torch.nn.Module) and any(id(m) in adapted for m in net.modules())
+    if not shares:
+        yield
+        return
+
+    def plain(model: Callable, args: tuple, kwargs: dict) -> Any:
+        bank.gate = None
+        bank.row = (0.0,) * bank.k
+        return model(*args, **kwargs)
+
+    with intercepted(net, plain):
+        yield
