@@ -112,12 +112,20 @@ class Conductor:
         self._plan: Any = None
         self._masks: dict[int, Tensor] = {}
         self._where = (-1, -1)
-        positive = [m.name for m in self.members if m.positive_only]
-        if positive and self.table is None:
-            raise ValueError(
-                f"positive_only of LoRA {positive[0]!r}: {self.family} is not in the table of denoiser arguments, so "
-                f"its negative half is unknown; known are {', '.join(sorted(TABLE))}"
-            )
+        if self.table is None:
+            self._refuse_options()
+
+    def _refuse_options(self) -> None:
+        for m in self.members:
+            for option, used, what in (
+                ("positive_only", m.positive_only, "its negative half"),
+                ("mask", m.mask is not None, "the layout of its predictions"),
+            ):
+                if used:
+                    raise ValueError(
+                        f"{option} of LoRA {m.name!r}: {self.family} is not in the table of denoiser arguments, so "
+                        f"{what} is unknown; known are {', '.join(sorted(TABLE))}"
+                    )
 
     def __call__(self, model: Callable, args: tuple, kwargs: dict) -> Any:
         arguments = inputs.bound_arguments(self.forward, args, kwargs)
@@ -219,8 +227,6 @@ class Conductor:
 
     def _mask(self, owner: int, arguments: dict) -> Tensor:
         if owner not in self._masks:
-            if self.table is None:
-                raise ValueError(f"mask of LoRA {self.members[owner].name!r}: {self.family} is not in the table")
             size = inputs.grid(self.table, arguments)
             fitted = fit_mask(self.members[owner].mask, size, self.members[owner].name)
             self._masks[owner] = inputs.spread(self.table, fitted, arguments)
