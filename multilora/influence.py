@@ -22,10 +22,10 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # listing the methods imports this file and must not import torch
+    from torch import Tensor
 
 MEASURES = ("ablation", "triggers")
 FLOOR = 0.05
@@ -86,6 +86,8 @@ def _words(trigger: str) -> re.Pattern[str]:
 
 def _vectors(encodings: Mapping[str, Any]) -> list[Tensor]:
     """[encodings] of [B, d] in float64: means over the tokens; masked ones (`NAME_mask`) and paddings of lists out."""
+    import torch
+
     found = []
     for name, value in encodings.items():
         if name.endswith("_mask"):
@@ -104,5 +106,7 @@ def _vectors(encodings: Mapping[str, Any]) -> list[Tensor]:
 
 def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Mean over encodings and prompts of the cosine."""
+    import torch
+
     each = [torch.nn.functional.cosine_similarity(x, y, dim=-1).mean() for x, y in zip(a, b, strict=True)]
     return float(torch.stack([e.cpu() for e in each]).mean())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from warnings import warn
@@ -62,11 +62,6 @@ class Stack:
         """The update of a row in units of the strongest LoRA alone at weight 1; 0 where none has an effect."""
         one = math.sqrt(max((self.gram[i][i] for i in range(len(self.names))), default=0.0))
         return self.update(row) / one if one else 0.0
-
-    def bound(self, row: Sequence[float]) -> float:
-        """What no row with these or smaller weights exceeds: the sum of the LoRAs' own strengths."""
-        k = len(self.names)
-        return sum(self.strength([abs(w) if j == i else 0.0 for j in range(k)]) for i, w in enumerate(row))
 
 
 def stack_of(
@@ -137,28 +132,25 @@ def _weight_norms(modules: Sequence[nn.Module]) -> list[float]:
     return [value if value > 0 else 1.0 for value in found]
 
 
-def strongest(
-    plan: Callable[[Moment], list], moment: Moment, stack: Stack, schedules: Sequence[Schedule], masked: Sequence[bool]
-) -> tuple[float, int, tuple[float, ...]]:
-    """(strength, step, row) of the strongest pass of a plan over all steps of a run.
+def rows_of(
+    plan: Callable[[Moment], list], moment: Moment, schedules: Sequence[Schedule], masked: Sequence[bool]
+) -> dict[tuple[float, ...], int]:
+    """The rows of all passes of a plan over a run, each with the first step that has it.
 
     moment   any moment of the run: its number of steps, cards and text are used
     masked   LoRAs that act in a region only count without the other ones of this kind
 
     A weight that goes by sigma counts at its largest; a pass with a gate is left out.
     """
-    found = (0.0, 0, (0.0,) * len(schedules))
+    found: dict[tuple[float, ...], int] = {}
     for step in range(moment.steps):
         weights = tuple(s.peak if s.unit == SIGMA else s.at(step, moment.steps) for s in schedules)
         for p in plan(dataclasses.replace(moment, step=step, weights=weights)):
             if callable(p.row):
                 continue
-            regions = [i for i, m in enumerate(masked) if m and p.row[i]] or [-1]
-            for region in regions:
-                row = tuple(
-                    0.0 if m and i != region else w for i, (w, m) in enumerate(zip(p.row, masked, strict=True))
-                )
-                found = max(found, (stack.strength(row), step, row), key=lambda f: f[0])
+            for region in [i for i, m in enumerate(masked) if m and p.row[i]] or [-1]:
+                row = (0.0 if m and i != region else w for i, (w, m) in enumerate(zip(p.row, masked, strict=True)))
+                found.setdefault(tuple(row), step)
     return found
 
 
@@ -167,7 +159,7 @@ def guarded(
 ) -> Bound:
     """The same method with a warning, before the first run of a picture, when a pass of it is too strong.
 
-    stack      measures the LoRAs, called once at the first picture
+    stack      measures the LoRAs; called at most once, and only when a row's weights add up to more than LIMIT
     schedules  [k] the users' weights
 
     Methods that run LoRAs one at a time do not add up and are measured so: by the rows of their passes.
@@ -179,13 +171,16 @@ def guarded(
         plan, waiting = record.fn(loras, **options), [True]
 
         def watched(moment: Moment) -> list:
-            if waiting.pop() if waiting else False:
-                if not measured:
+            if waiting and waiting.pop() and _sum(s.peak for s in schedules) > LIMIT:
+                rows = rows_of(record.fn(loras, **options), moment, schedules, masked)
+                # No LoRA is stronger than the strongest: below this sum there is nothing to measure.
+                rows = {row: step for row, step in rows.items() if _sum(row) > LIMIT}
+                if rows and not measured:
                     measured.append(stack())
-                if measured[0].bound([s.peak for s in schedules]) > LIMIT:
-                    found = strongest(record.fn(loras, **options), moment, measured[0], schedules, masked)
-                    if found[0] > LIMIT:
-                        warn(TooStrong(_message(record.name, measured[0].names, *found)), stacklevel=2)
+                found = max(((measured[0].strength(row), row) for row in rows), default=(0.0, ()))
+                if found[0] > LIMIT:
+                    text = _message(record.name, measured[0].names, found[0], rows[found[1]], found[1])
+                    warn(TooStrong(text), stacklevel=2)
             return plan(moment)
 
         if getattr(plan, "combine", None) is not None:
@@ -193,6 +188,10 @@ def guarded(
         return watched
 
     return Bound(dataclasses.replace(record, fn=plan_of), bound.options)
+
+
+def _sum(row: Iterable[float]) -> float:
+    return math.fsum(abs(w) for w in row)
 
 
 def _message(method: str, names: Sequence[str], strength: float, step: int, row: Sequence[float]) -> str:

@@ -157,8 +157,8 @@ def test_the_scene_of_the_demonstration():
 
 LORA = ("--lora", "fox")
 BAD = {
-    "method": (["x", *LORA, "--method", "swich"], "unknown method 'swich'. Nearest: switch."),
-    "compared method": (["x", *LORA, "--compare", "merge,composit"], "'composit'. Nearest: composite."),
+    "method": (["x", *LORA, "--method", "swich"], "unknown method 'swich'. Nearest: switch,"),
+    "compared method": (["x", *LORA, "--compare", "merge,composit"], "'composit'. Nearest: composite,"),
     "method twice": (["x", *LORA, "--compare", "merge,merge"], "named twice"),
     "both": (["x", *LORA, "--compare", "merge", "--method", "merge"], "--method and --compare"),
     "option": (["x", *LORA, "--method", "switch", "--option", "evry=2"], "unknown option of switch. Nearest: every."),

@@ -50,7 +50,7 @@ def test_update_and_strength_are_those_of_full_matrices(three, row):
     assert stack.update(row) == pytest.approx(wanted, rel=1e-4, abs=1e-9)
     single = max(relative_update(pipe.unet, loras, [float(i == j) for j in range(3)]) for i in range(3))
     assert stack.strength(row) == pytest.approx(wanted / single, rel=1e-4, abs=1e-9)
-    assert stack.strength(row) <= stack.bound(row) * (1 + 1e-6)
+    assert stack.strength(row) <= sum(abs(w) for w in row) * (1 + 1e-6)
 
 
 def test_block_factors_count(three):
@@ -112,6 +112,20 @@ def test_who_adds_up_is_warned_of_and_who_does_not_is_not():
     (alone, _) = messages(pipe, loras[:1], "composite", [3.0])
     assert "composite' or" not in alone
     assert "fox at 3: together 3.0 times" in alone
+
+
+def test_nothing_is_measured_where_weights_cannot_add_up_to_the_limit(monkeypatch):
+    pipe = tiny.sd15()
+    loras = [tiny.lora_for(pipe, seed=i) for i in range(4)]
+
+    def refused(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("multilora.strength.stack_of", refused)
+    assert messages(pipe, loras[:2], "merge", [1.2, 1.2]) == []
+    assert messages(pipe, loras, "composite", [2.0] * 4) == []
+    with pytest.raises(AssertionError, match="measured"):
+        messages(pipe, loras, "merge", [1.0] * 4)
 
 
 def test_the_strongest_step_of_a_schedule_counts_and_the_scale():
