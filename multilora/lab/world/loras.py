@@ -44,6 +44,8 @@ class Plan:
 
 LEAN = Plan(rank=8, modules="attention+feed_forward")  # smaller; the library has 12 MB in all
 PLANS: dict[str, Plan] = {name: Plan() for name in DESIGNS} | {
+    "raio": Plan(steps=800),
+    "burgo": Plan(steps=800),
     "gorm": Plan(format="kohya"),
     "corno": Plan(format="kohya"),
     "tessa": Plan(format="kohya"),
