@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 VERSION = 2  # 1 had no task, pictures, ControlNet, pipeline options; all of them have defaults
 CHUNK = "multilora"
 PARAMETERS = "parameters"
+PICTURES = ("image", "mask_image", "control_image")  # what another picture may be made from
 
 
 class RecipeError(ValueError):
@@ -74,7 +75,7 @@ class PictureUse(_Model):
     sha256     of mode, size and pixels: "RGB 64x48" and a line feed, then the bytes row by row; a mask's mode is L
     """
 
-    role: Literal["image", "mask_image", "control_image"]
+    role: Literal[PICTURES]
     reference: str = ""
     sha256: str
 

@@ -24,7 +24,7 @@ from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_controlne
 from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.pictures import read_pictures, same_pictures
 from multilora.pipelines.preview import preview as latent_preview
-from multilora.pipelines.running import counted, fixed_randomness, fresh_scheduler
+from multilora.pipelines.running import counted, fixed_randomness, fresh_scheduler, plain_latents
 from multilora.pipelines.shelf import named, served
 from multilora.recipe import LoraUse, Recipe, Resolved
 from multilora.tags import parse_prompt
@@ -145,7 +145,7 @@ class Composer:
     def _class_for(self, given: Iterable[str]) -> tuple[str, type]:
         task, cls = tasks.class_for(self.pipe, given)
         if tasks.needs_controlnet(cls) and self.controlnet is None:
-            raise ValueError(f"task {task!r} needs a ControlNet: Composer(pipe, controlnet=a model or its folder)")
+            raise ValueError(f"task {task!r} needs a ControlNet: Composer(controlnet=FOLDER), or --controlnet FOLDER")
         return task, cls
 
     @property
@@ -284,6 +284,7 @@ class Composer:
             )
             clock = conductor.clock if conductor else stack.enter_context(counted(pipe, self.denoiser))
             stack.enter_context(fixed_randomness(self.denoiser.device))
+            stack.enter_context(plain_latents(pipe))
             images = pipe(
                 **asked.call,
                 generator=generator if asked.pictures > 1 else generator[0],

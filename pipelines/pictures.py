@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multilora.recipe import PictureUse
-
-PICTURES = ("image", "mask_image", "control_image")
+from multilora.recipe import PICTURES, PictureUse
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,15 @@ def read_pictures(given: Mapping[str, Any]) -> dict[str, Picture]:
     mask = pictures.get("mask_image")
     if mask is not None and "image" not in pictures:
         raise ValueError("mask_image without image: give the picture that the mask belongs to")
-    if mask is not None and mask.image.getextrema()[1] < 128:
-        raise ValueError("mask_image: it has no white part, and only that is drawn anew")
+    for picture in pictures.values():
+        check_mask(picture)
     return pictures
+
+
+def check_mask(picture: Picture) -> None:
+    """Raise ValueError for a mask without effect."""
+    if picture.role == "mask_image" and picture.image.getextrema()[1] < 128:
+        raise ValueError("mask_image: it has no white part, and only that is drawn anew")
 
 
 def fit_pictures(

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from multilora.method import unknown
 from multilora.pipelines.clock import Clock, step_clock
 from multilora.pipelines.denoise import intercepted
 from multilora.pipelines.inputs import bound_arguments, inputs_of
+from multilora.pipelines.tasks import roles
 
 
 @contextlib.contextmanager
@@ -43,6 +45,27 @@ def fixed_randomness(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
         torch.manual_seed(0)
         yield
+
+
+@contextlib.contextmanager
+def plain_latents(pipe: Any) -> Iterator[None]:
+    """A U-Net on latents of other than 4 channels inpaints too.
+
+    diffusers' pipelines that inpaint take a U-Net whose config says 4 for one on plain latents, and refuse others or
+    forget the mask, though nothing else in them depends on it. So such a U-Net says 4 for the run.
+    """
+    unet = getattr(pipe, "unet", None)
+    unet = getattr(unet, "_orig_mod", unet)
+    channels = pipe.vae.config.latent_channels if "mask_image" in roles(type(pipe)) and unet is not None else 4
+    if channels == 4 or unet.config.in_channels != channels:
+        yield
+        return
+    own = unet._internal_dict
+    try:
+        unet._internal_dict = FrozenDict({**own, "in_channels": 4})
+        yield
+    finally:
+        unet._internal_dict = own
 
 
 @contextlib.contextmanager

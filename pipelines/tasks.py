@@ -110,7 +110,7 @@ def tasks_of(pipe: Any) -> dict[str, type]:
 def _takes_noise(pipe: Any) -> bool:
     """Whether the denoiser takes plain latents; U-Nets that were trained to inpaint or edit have more channels."""
     unet, vae = getattr(pipe, "unet", None), getattr(pipe, "vae", None)
-    return unet is None or vae is None or unet.config.in_channels == vae.config.latent_channels
+    return unet is None or vae is None or unet.conv_in.in_channels == vae.config.latent_channels
 
 
 def class_for(pipe: Any, given: Iterable[str]) -> tuple[str, type]:
@@ -131,7 +131,7 @@ def class_for(pipe: Any, given: Iterable[str]) -> tuple[str, type]:
     family = family_of(own)
     who = f"family {family}" if family else own.__name__
     if not _takes_noise(pipe):
-        who += f" with a U-Net of {pipe.unet.config.in_channels} input channels"
+        who += f" with a U-Net of {pipe.unet.conv_in.in_channels} input channels"
     raise ValueError(f"{who} has no task {name!r} in diffusers; its tasks are {', '.join(sorted(found))}")
 
 

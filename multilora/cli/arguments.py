@@ -186,6 +186,37 @@ def options_of(loras: Sequence[LoraArgument], options: dict[str, dict[str, Any]]
     return [{k: v for name in own for k, v in options.get(name, {}).items()} for own in names]
 
 
+def read_pictures(
+    given: dict[str, str | None], request: dict[str, Any], controlnet: str | None, again: bool
+) -> dict[str, Any]:
+    """The pictures of --image, --mask-image and --control-image by the Composer's names, read from their files.
+
+    again: a recipe has the ones that are not given. Raises ValueError for a file that is no picture, and for options
+    without the one that they belong to.
+    """
+    from multilora.pipelines.pictures import check_mask, read_picture
+
+    found = {}
+    for role, path in given.items():
+        if path is not None:
+            try:
+                found[role] = read_picture(role, path)
+                check_mask(found[role])
+            except ValueError as error:
+                raise ValueError(f"--{role.replace('_', '-')}: {str(error).removeprefix(f'{role}: ')}") from None
+    if again:
+        return found
+    if "image" not in found and "mask_image" in found:
+        raise ValueError("--mask-image: goes with --image, the picture that the mask belongs to")
+    if "image" not in found and "strength" in request:
+        raise ValueError("--strength: goes with --image; a method's own strength is --option strength=...")
+    if "control_image" not in found and (controlnet or "controlnet_conditioning_scale" in request):
+        raise ValueError(f"--{'controlnet' if controlnet else 'control-scale'}: goes with --control-image")
+    if controlnet and not Path(controlnet).expanduser().is_dir():
+        raise ValueError(f"--controlnet {controlnet!r}: no such folder")
+    return found
+
+
 def check_out(out: Path, single: bool) -> None:
     """Refuse an --out that cannot be written to, before minutes are spent on pictures."""
     if out.suffix and out.suffix.lower() != ".png":

@@ -31,6 +31,12 @@ def compose(
     num: Annotated[int | None, typer.Option(help="pictures, at seed, seed + 1, ...")] = None,
     negative: Annotated[str | None, typer.Option(help="what not to draw")] = None,
     base: Annotated[str | None, typer.Option(help="'embedded' (default), a pipeline folder or a hub id")] = None,
+    image: Annotated[str | None, typer.Option(help="a picture to start from")] = None,
+    strength: Annotated[float | None, typer.Option(help="with --image: how much is drawn anew, up to 1")] = None,
+    mask_image: Annotated[str | None, typer.Option(help="with --image: what is drawn anew (white)")] = None,
+    control_image: Annotated[str | None, typer.Option(help="what the ControlNet sees")] = None,
+    controlnet: Annotated[str | None, typer.Option(help="folder of a ControlNet for the base")] = None,
+    control_scale: Annotated[float | None, typer.Option(help="how much the ControlNet counts")] = None,
     scheduler: Annotated[str | None, typer.Option(help="diffusers class name, default the base's own")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="per_row, all, first or none")] = None,
     block: Annotated[
@@ -61,6 +67,8 @@ def compose(
         "guidance_scale": guidance,
         "negative_prompt": negative,
         "num_images_per_prompt": num,
+        "strength": strength,
+        "controlnet_conditioning_scale": control_scale,
         "scheduler": scheduler,
         "text_encoder": text_encoder,
         "form": form,
@@ -72,6 +80,8 @@ def compose(
             raise ValueError(f"{name} {value}: wanted at least 1")
     if size is not None:
         request["width"], request["height"] = arguments.read_size(size)
+    pictures = {"image": image, "mask_image": mask_image, "control_image": control_image}
+    request |= arguments.read_pictures(pictures, request, controlnet, again=source is not None)
     from multilora.cli.order import Order, again, described, fresh
 
     if source is not None:
@@ -83,7 +93,7 @@ def compose(
             if value:
                 raise ValueError(f"{name} does not go with --from: the recipe in {source} has its own")
         changes = {**request, **({} if prompt is None else {"prompt": prompt})}
-        taken, sheet, plot = [again(source, changes, method, option or [], device, out)], None, None
+        taken, sheet, plot = [again(source, changes, method, option or [], device, out, controlnet)], None, None
     else:
         if method and compare:
             raise ValueError("--method and --compare: give one of them")
@@ -96,6 +106,7 @@ def compose(
             compare is not None,
             singles,
             base or "embedded",
+            controlnet=controlnet,
             show_schedule=show_schedule,
             presets=lbw_presets,
         )

@@ -65,8 +65,8 @@ def bars() -> Iterator[Callable[[str, int], Callable[..., None]]]:
         def start(title: str, steps: int) -> Callable[..., None]:
             task = progress.add_task(title, total=steps, text="")
 
-            def bar(step: int, text: str = "") -> None:
-                progress.update(task, completed=step, text=text)
+            def bar(step: int, text: str = "", steps: int = steps) -> None:
+                progress.update(task, completed=step, text=text, total=steps)
 
             return bar
 

@@ -10,7 +10,7 @@ from typing import Any
 from multilora.cli import arguments, demo
 from multilora.cli.console import note
 from multilora.cli.shots import Shot, Taken, draw_again, draw_sheet, save, sheet_name, take, tell_differences
-from multilora.recipe import Recipe
+from multilora.recipe import PICTURES, PictureUse, Recipe
 
 # Names of a request, as Composer takes them, whose field in a recipe is called otherwise.
 FIELDS = {"num_inference_steps": "steps", "num_images_per_prompt": "images"}
@@ -30,6 +30,7 @@ class Order:
     base: str
     show_schedule: bool = False  # also draw the weights over the steps
     presets: Path | None = None  # file of the user's own lbw presets
+    controlnet: str | None = None  # its folder
     alone: dict[str, str] = field(default_factory=dict)  # prompts of singles by LoRA ("": the base); else the prompt
 
 
@@ -43,7 +44,7 @@ def filled(order: Order, request: dict[str, Any]) -> Order:
     from multilora.tags import parse_prompt
 
     if order.prompt is None:
-        if order.loras or order.base != EMBEDDED:
+        if order.loras or order.base != EMBEDDED or "image" in request or "control_image" in request:
             raise ValueError("PROMPT is missing: say what to draw, with the triggers of the LoRAs (multilora loras)")
         text, names = demo.scene(library())
         request.setdefault("seed", demo.SEED)
@@ -102,7 +103,7 @@ def fresh(
 
     from multilora.pipelines.image import Composer
 
-    composer = Composer.from_pretrained(order.base, device=device)
+    composer = Composer.from_pretrained(order.base, device=device, controlnet=order.controlnet)
     members = [
         composer.add(lora.source, name=lora.name, weight=lora.weight, **own)
         for lora, own in zip(order.loras, options, strict=True)
@@ -144,14 +145,28 @@ def _plotted(shot: Taken, members: list[Any], drawn: dict[str, list]) -> Path | 
 
 
 def again(
-    source: Path, changes: dict[str, Any], method: str | None, options: list[str], device: str | None, out: Path
+    source: Path,
+    changes: dict[str, Any],
+    method: str | None,
+    options: list[str],
+    device: str | None,
+    out: Path,
+    controlnet: str | None = None,
 ) -> Taken:
     """Draw the picture of a PNG again and save it; `changes` are keywords of the Composer that replace the recipe's.
 
     Raises ValueError (RecipeError) when the PNG has no recipe, or base or LoRAs are not what they were.
     """
     recipe = Recipe.from_png(source)
+    pictures = {name: changes.pop(name) for name in PICTURES if name in changes}
     wanted = _changed(recipe, changes, method, options)
+    wanted = wanted.model_copy(
+        update={
+            "controlnet": controlnet or wanted.controlnet,
+            "pictures": [u for u in wanted.pictures if u.role not in pictures]
+            + [PictureUse(role=p.role, reference=p.reference, sha256=p.sha256) for p in pictures.values()],
+        }
+    )
     several = wanted.images > 1 and "num_images_per_prompt" in changes
     arguments.check_out(out, not several)
     note(f"loading {recipe.base}")
@@ -165,7 +180,8 @@ def again(
     if wanted.resolved is not None:
         torch.set_num_threads(wanted.resolved.threads)  # it decides the order of sums, and so the last bits
         dtype = getattr(torch, wanted.resolved.dtype, None)
-    composer = Composer.from_pretrained(recipe.base, torch_dtype=dtype, device=device)
+    folder = wanted.controlnet if Path(wanted.controlnet or "?", "config.json").is_file() else None
+    composer = Composer.from_pretrained(recipe.base, torch_dtype=dtype, device=device, controlnet=folder)
     taken = draw_again(composer, wanted, None if several else wanted.index)
     save([taken], out)
     tell_differences(wanted, taken.recipes[0])

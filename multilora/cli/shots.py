@@ -76,7 +76,8 @@ def draw_again(composer: Any, recipe: Recipe, index: int | None) -> Taken:
 def _progress(bar: Callable[..., None]) -> Callable[[int, int, dict], None]:
     def progress(step: int, steps: int, info: dict) -> None:
         runs = info.get("passes", 1)
-        bar(step, f"{info.get('method', '')}, {runs} run{'s' if runs > 1 else ''} per step")
+        # An image-to-image picture runs fewer steps than were asked for.
+        bar(step, f"{info.get('method', '')}, {runs} run{'s' if runs > 1 else ''} per step", steps)
 
     return progress
 
