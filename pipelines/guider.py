@@ -133,6 +133,7 @@ class MultiLoraGuider(BaseGuidance):
             weights=None,
             guidance=json.loads(self.inner.to_json_string()),
             scale=float(scale),
+            _use_default_values=[],  # diffusers takes positional arguments for defaults, and forgets them
         )
 
     # -- the inner guidance ----------------------------------------------------------------------------------------
@@ -327,7 +328,9 @@ class MultiLoraGuider(BaseGuidance):
     # -- config ----------------------------------------------------------------------------------------------------
 
     def new(self, **changes: Any) -> MultiLoraGuider:
-        """A copy, with changed arguments where given."""
+        """A copy, with changed arguments where given; another method has its own options."""
+        if "method" in changes:
+            changes = {"options": None, **changes}
         return super().new(**{"loras": self.loras, **changes})
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -61,6 +61,8 @@ class Reference:
 def references(loras: Any, weights: Sequence[Any] | None = None) -> list[Reference]:
     """Paths, library names, Loras or dicts with LoraUse's fields (a Mapping of them gives names) as References.
 
+    In a dict, "lora" may hold a Lora in memory in place of the reference.
+
     weights go over the weights in the dicts. Files are looked for and hashed here, read later. Raises ValueError
     naming the LoRA and field for what cannot be read, a missing file or one whose sha256 is another.
     """
@@ -86,8 +88,7 @@ def _reference(item: Any, name: str | None) -> Reference:
     if isinstance(item, Reference):
         return item if name is None else Reference(item.use.model_copy(update={"name": name}), item.lora)
     if isinstance(item, Lora):
-        use = LoraUse(name=name or item.card.name or "lora", sha256=item.card.sha256 or None)
-        return Reference(use, item)
+        item = {"lora": item}
     if isinstance(item, (str, Path)):
         item = {"reference": str(item)}
     if isinstance(item, LoraUse):
@@ -95,11 +96,13 @@ def _reference(item: Any, name: str | None) -> Reference:
     if not isinstance(item, Mapping):
         raise ValueError(f"LoRA {item!r}: wanted a path, a library name, a Lora, or a dict with LoraUse's fields")
     fields = {**item, **({"name": name} if name else {})}
+    lora = fields.pop("lora", None)
+    who = fields.get("name") or fields.get("reference")
     for field in fields:
         if field not in LoraUse.model_fields:
-            raise unknown(
-                f"field of LoRA {fields.get('name') or fields.get('reference')!r}", field, LoraUse.model_fields
-            )
+            raise unknown(f"field of LoRA {who!r}", field, LoraUse.model_fields)
+    if isinstance(lora, Lora):
+        return Reference(_use({"name": lora.card.name or "lora", **fields, "reference": ""}), lora)
     reference = fields.get("reference")
     if not reference:
         raise ValueError(
@@ -108,15 +111,19 @@ def _reference(item: Any, name: str | None) -> Reference:
     path, entry = find_lora(reference)
     fields["reference"] = entry["name"] if entry else str(path.absolute())
     fields.setdefault("name", entry["name"] if entry else path.stem)
+    use = _use(fields)
+    digest = _sha256(path)
+    _check_sha256(use, digest)
+    return Reference(use.model_copy(update={"sha256": use.sha256 or digest or None}))
+
+
+def _use(fields: dict[str, Any]) -> LoraUse:
     try:
-        use = LoraUse.model_validate(fields)
+        return LoraUse.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ValueError(f"{field} of LoRA {fields['name']!r}: {first['msg']}, got {first['input']!r}") from None
-    digest = _sha256(path)
-    _check_sha256(use, digest)
-    return Reference(use.model_copy(update={"sha256": use.sha256 or digest or None}))
 
 
 def _weighted(r: Reference, weight: Any) -> Reference:
