@@ -103,7 +103,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "task"), CASES)
+# The others take longer than the default suite has.
+QUICK = {("sd15", "inpainting"), ("sdxl", "ControlNet"), ("flux", "image-to-image"), ("sd3", "ControlNet"),
+         ("qwen", "inpainting"), ("z", "ControlNet inpainting")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [pytest.param(*c, marks=[] if c in QUICK else [pytest.mark.long]) for c in CASES]
+)
 def test_pictures_are_the_reference_s_and_the_recipe_makes_them_again(family, task):
     """Text-encoder parts act too. Picture 1 of two is the lone picture of its seed.
 

@@ -96,7 +96,10 @@ def controlnet(family: str, pipe: Any) -> nn.Module:
             control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=2 * config.in_channels + 1,
             dim=config.dim, n_refiner_layers=1, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
         )  # fmt: skip
-    return tiny.seeded(net, 11, 0.6)  # more would leave no part in the prediction for the LoRAs
+    tiny.seeded(net, 11, 0.6)  # more would leave no part in the prediction for the LoRAs
+    if family in ("sd15", "sdxl"):
+        tiny.seeded(net.controlnet_cond_embedding, 12, 2.0)
+    return net
 
 
 def _shared(cls: type, model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,229 @@
+"""Few-step and distilled models, image prompts, U-Nets on other latents, pipelines of any task given by the user."""
+
+import copy
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+
+from multilora.pipelines.composing import composing
+from multilora.pipelines.image import Composer
+from tests import dense, scene, tiny, tiny_tasks
+from tests.tiny_tasks import array, inputs
+
+WEIGHTS = (1.3, 1.1)
+TURBO = {"timestep_spacing": "trailing"}
+MODELS = {
+    # family, scheduler and its config, steps, arguments: SDXL-Turbo's timesteps and no guidance; LCM's and TCD's
+    # schedulers; FLUX.1 schnell, whose guidance is not in the model.
+    "turbo": ("sdxl", "EulerAncestralDiscreteScheduler", TURBO, 1, {"guidance_scale": 0.0}),
+    "turbo of 4 steps": ("sdxl", "EulerAncestralDiscreteScheduler", TURBO, 4, {"guidance_scale": 0.0}),
+    "lcm": ("sd15", "LCMScheduler", {}, 4, {"guidance_scale": 1.0}),
+    "tcd": ("sd15", "TCDScheduler", {}, 2, {"guidance_scale": 1.0}),
+    "schnell": ("flux", "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": False, "shift": 1.0}, 2, {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [(m, r) for m in MODELS for r in ("merge", "switch", "composite") if (m, r) != ("turbo", "switch")],
+)
+def test_few_steps(model, method):
+    """Two pictures, without guidance: the batch is not doubled."""
+    family, scheduler, config, steps, options = MODELS[model]
+    pipe = getattr(tiny, family)()
+    pipe.scheduler = getattr(diffusers, scheduler).from_config({**pipe.scheduler.config, **config})
+    loras = scene.loras(pipe, 2, strength=1.8 if family == "sdxl" else 1.2)
+    quick = {"max_sequence_length": 16, "height": 32, "width": 32} if family == "flux" else {}
+
+    def call(pipe):
+        seeds = [torch.Generator().manual_seed(i) for i in (3, 4)]
+        return pipe(
+            "a fox", num_inference_steps=steps, generator=seeds, num_images_per_prompt=2, output_type="latent",
+            **options, **quick,
+        ).images  # fmt: skip
+
+    found = dense.compare(pipe, loras, WEIGHTS, method, call)
+    found.check(1e-5, effect=0.015, apart=0.015)
+    assert len(found.differences) == steps
+
+
+def test_switch_wants_a_step_for_each_lora():
+    composer = Composer(tiny.sd15())
+    for lora in scene.loras(composer.pipe, 2):
+        composer.add(lora)
+    with pytest.raises(ValueError, match="composite"):
+        composer("a fox", method="switch", num_inference_steps=1, seed=0)
+    with pytest.raises(ValueError, match="composite"):  # 3 steps, of which image-to-image runs one
+        composer("a fox", method="switch", num_inference_steps=3, seed=0, image=tiny_tasks.picture(), strength=0.4)
+    out = composer("a fox", method="switch", num_inference_steps=3, seed=0, image=tiny_tasks.picture(), strength=0.7)
+    assert out.passes == [1, 1]
+
+
+def test_the_first_executed_step_is_step_0():
+    """A LoRA whose weight falls from 1 to 0 acts from the first step of image-to-image on, as it does from noise."""
+    composer = Composer(tiny.sd15())
+    lora = scene.loras(composer.pipe, 1)[0]
+    seen = []
+    asked = {"num_inference_steps": 8, "seed": 0, "image": tiny_tasks.picture(), "strength": 0.5}
+
+    def progress(step, steps, info):
+        seen.append((step, steps))
+
+    composer.add(lora, weight="1@0,1@0.2,0@0.2")
+    out = composer("a fox", progress=progress, **asked)
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    composer.loras.clear()
+    base = composer("a fox", **asked)
+    assert np.abs(array(out.images[0]) - array(base.images[0])).max() > 3.0
+
+
+@pytest.mark.parametrize("method", ["merge", "switch", "composite"])
+def test_an_image_prompt(method):
+    """IP-Adapter, by embeddings of two pictures that are one image prompt."""
+    pipe = tiny.sd15()
+    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    loras = scene.loras(pipe, 2)
+    generator = torch.Generator().manual_seed(2)
+    embeds = [torch.randn(2, 2, 24, generator=generator)]  # [negative and positive, pictures, width]
+
+    def call(pipe, embeds=embeds):
+        seeds = [torch.Generator().manual_seed(i) for i in (3, 4)]
+        return pipe(
+            "a fox", num_inference_steps=2, guidance_scale=4.0, generator=seeds, num_images_per_prompt=2,
+            ip_adapter_image_embeds=embeds, output_type="latent",
+        ).images  # fmt: skip
+
+    found = dense.compare(pipe, loras, WEIGHTS, method, call)
+    found.check(1e-5)
+    with composing(pipe, loras, method, weights=WEIGHTS):
+        assert scene.apart(call(pipe), call(pipe, [-embeds[0]])) > 0.02
+
+
+def ip_adapter(unet, width=24, tokens=4):
+    """The weights of a plain IP-Adapter for a U-Net, as its files hold them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    inner = unet.config.cross_attention_dim
+    project = {
+        "proj.weight": random(tokens * inner, width), "proj.bias": random(tokens * inner),
+        "norm.weight": torch.ones(inner), "norm.bias": torch.zeros(inner),
+    }  # fmt: skip
+    crossing = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    layers = {}
+    for i, name in enumerate(crossing):  # the files count self-attentions too
+        out = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        layers |= {
+            f"{2 * i + 1}.to_k_ip.weight": random(out, inner),
+            f"{2 * i + 1}.to_v_ip.weight": random(out, inner),
+        }
+    return {"image_proj": project, "ip_adapter": layers}
+
+
+# -- pipelines of any task ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionControlNetPipeline"]
+)
+def test_a_composer_around_a_pipeline_of_any_task_makes_every_task(cls):
+    """Pictures are those of the Composer around the text-to-image pipeline, and no weight is copied."""
+    pipe = tiny.sd15()
+    net = tiny_tasks.controlnet("sd15", pipe)
+    components = {**pipe.components, **({"controlnet": net} if "ControlNet" in cls else {})}
+    own = getattr(diffusers, cls)(**components, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    ours, theirs = Composer(own, controlnet=net), Composer(pipe, controlnet=net)
+    lora = scene.loras(pipe, 1)[0]
+    ours.add(lora), theirs.add(lora)
+    for task in ("text-to-image", "image-to-image", "inpainting", "ControlNet"):
+        asked = {"num_inference_steps": 2, "seed": 1, **inputs(task)}
+        one, two = ours("a fox", **asked), theirs("a fox", **asked)
+        assert one.recipe.task == two.recipe.task == task
+        assert np.array_equal(array(one.images[0]), array(two.images[0]))
+    sibling = ours.pipeline_for("image", "mask_image")
+    assert sibling.unet is pipe.unet
+    assert sibling.vae is pipe.vae
+    assert ours.tasks == theirs.tasks
+
+
+def test_what_was_set_on_the_pipeline_holds_in_the_others():
+    pipe = tiny.flux()
+    pipe.default_sample_size = 12
+    pipe.set_progress_bar_config(disable=True, desc="mine")
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.transformer.to(torch.bfloat16)
+    other = Composer(pipe).pipeline_for("image")
+    assert other.default_sample_size == 12
+    assert other._progress_bar_config == pipe._progress_bar_config
+    assert other._all_hooks is pipe._all_hooks
+    assert {p.dtype for p in other.transformer.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in other.vae.parameters()} == {torch.float32}
+
+
+def test_offloaded_models_make_the_same_picture():
+    """Twice: diffusers takes off all hooks after a picture and puts them on again."""
+    asked = {"num_inference_steps": 2, "seed": 1, "method": "composite", **inputs("inpainting")}
+    pictures = []
+    for offload in (False, True):
+        composer = Composer(tiny.sd15())
+        if offload:
+            composer.pipe.enable_model_cpu_offload(device="cpu")
+        for lora in scene.loras(composer.pipe, 2):
+            composer.add(lora)
+        pictures += [array(composer("a fox", **asked).images[0]) for _ in range(2)]
+        assert hasattr(composer.denoiser, "_hf_hook") == offload
+    assert all(np.array_equal(pictures[0], p) for p in pictures[1:])
+
+
+def test_a_u_net_on_latents_of_another_width_inpaints():
+    """As one of 4 channels does: outside the mask the latents of the last step are the picture's own."""
+    pipe = tiny.sd15()
+    config = {**pipe.unet.config, "in_channels": 6, "out_channels": 6}
+    unet = tiny.seeded(UNet2DConditionModel.from_config(config), 3, 1.4)
+    vae = tiny.seeded(tiny._vae(6), 1)
+    pipe = StableDiffusionPipeline(**{**pipe.components, "unet": unet, "vae": vae}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    composer = Composer(pipe)
+    composer.add(scene.loras(pipe, 1)[0])
+    own = unet.config
+    last = []
+    asked = {"num_inference_steps": 3, "seed": 1, "strength": 0.7, **inputs("inpainting")}
+    task = composer.pipeline_for("image", "mask_image")
+    original = type(task.vae).decode
+
+    def decode(self, latents, *args, **kwargs):
+        last.append(latents)
+        return original(self, latents, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoencoderKL, "decode", decode)
+        composer("a fox", **asked)
+        composer("a cat", **asked)
+    assert unet.config is own
+    white = torch.tensor(np.asarray(inputs("inpainting")["mask_image"]))[None, None] / 255.0
+    kept = torch.nn.functional.interpolate(white, size=(8, 8))[0, 0] < 0.5
+    one, two = (latents[0] for latents in last)
+    assert torch.equal(one[:, kept], two[:, kept])
+    assert scene.apart(one[:, ~kept], two[:, ~kept]) > 0.01
+
+
+def test_a_u_net_made_for_inpainting_has_no_other_task():
+    pipe = tiny.sd15()
+    unet = tiny.seeded(UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9}), 3, 1.4)
+    own = diffusers.StableDiffusionInpaintPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    composer = Composer(own)
+    composer.add(scene.loras(own, 1)[0])
+    before = copy.deepcopy(own.config)
+    with pytest.raises(ValueError, match=r"9 input channels has no task 'text-to-image'.*tasks are inpainting"):
+        composer("a fox")
+    out = composer("a fox", num_inference_steps=2, seed=1, **inputs("inpainting"))
+    assert out.recipe.task == "inpainting"
+    assert composer.tasks == ["inpainting"]
+    assert own.config == before
