@@ -6,6 +6,7 @@ A PNG gets two text chunks: `parameters`, the text that AUTOMATIC1111's web UI w
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -238,27 +239,35 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(parts)
 
 
+def png_bytes(image: Any, recipe: Recipe | None = None) -> bytes:
+    """A PIL picture as the bytes of a PNG with its recipe in it; equal pictures and recipes give equal bytes."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    if recipe is not None:
+        # tEXt, which every reader knows; Pillow turns to iTXt (UTF-8) when the text is not Latin-1.
+        chunks.add_text(PARAMETERS, recipe.parameters())
+        chunks.add_text(CHUNK, recipe.json)
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", pnginfo=chunks)
+    return stream.getvalue()
+
+
 def save_png(image: Any, path: str | Path, recipe: Recipe | None = None) -> Path:
     """Write a PIL picture as PNG with its recipe in it: whole or not at all.
 
     The bytes go to a temporary file beside `path`, are flushed to disk, and the file is renamed over `path`. Folders
     are made as needed. Raises ValueError when `path` does not end in .png.
     """
-    from PIL.PngImagePlugin import PngInfo
-
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: a picture with its recipe is a .png file, got suffix {path.suffix!r}")
-    chunks = PngInfo()
-    if recipe is not None:
-        # tEXt, which every reader knows; Pillow turns to iTXt (UTF-8) when the text is not Latin-1.
-        chunks.add_text(PARAMETERS, recipe.parameters())
-        chunks.add_text(CHUNK, recipe.json)
+    data = png_bytes(image, recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

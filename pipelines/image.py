@@ -331,7 +331,7 @@ class Composer:
             mine = self._controlnet_name if self.controlnet is not None else "none"
             raise ValueError(f"this recipe is for ControlNet {recipe.controlnet!r}, this composer holds {mine}")
         inputs = same_pictures(recipe.pictures, pictures or {})
-        again = Composer.__new__(Composer)
+        again = Composer.__new__(type(self))
         again.__dict__.update({**self.__dict__, "loras": {}})
         for use in recipe.loras:
             own = self.loras.get(use.name)

@@ -1,0 +1,1 @@
+"""Thousands of compositions, made exactly once, scored and reported."""
