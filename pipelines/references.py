@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from multilora.lora import Lora
 from multilora.method import unknown
 from multilora.pipelines.composing import member
 from multilora.pipelines.load import find_lora
-from multilora.pipelines.members import Member
+from multilora.pipelines.members import Member, read_mask
 from multilora.recipe import LoraUse
 from multilora.schedule import Schedule
 
@@ -43,10 +44,8 @@ class Reference:
             mask=use.mask,
         )
         _check_sha256(use, found.lora.card.sha256)
-        if use.mask_sha256 and found.mask is not None:
-            digest = hashlib.sha256(found.mask.numpy().tobytes()).hexdigest()
-            if digest != use.mask_sha256:
-                raise ValueError(f"mask of LoRA {use.name!r}: {use.mask} is not the picture of the config (sha256)")
+        if found.mask is not None:
+            _check_mask(use, found.mask)
         return found
 
     def check_saved(self) -> None:
@@ -102,7 +101,7 @@ def _reference(item: Any, name: str | None) -> Reference:
         if field not in LoraUse.model_fields:
             raise unknown(f"field of LoRA {who!r}", field, LoraUse.model_fields)
     if isinstance(lora, Lora):
-        return Reference(_use({"name": lora.card.name or "lora", **fields, "reference": ""}), lora)
+        return Reference(_with_mask(_use({"name": lora.card.name or "lora", **fields, "reference": ""})), lora)
     reference = fields.get("reference")
     if not reference:
         raise ValueError(
@@ -111,7 +110,7 @@ def _reference(item: Any, name: str | None) -> Reference:
     path, entry = find_lora(reference)
     fields["reference"] = entry["name"] if entry else str(path.absolute())
     fields.setdefault("name", entry["name"] if entry else path.stem)
-    use = _use(fields)
+    use = _with_mask(_use(fields))
     digest = _sha256(path)
     _check_sha256(use, digest)
     return Reference(use.model_copy(update={"sha256": use.sha256 or digest or None}))
@@ -124,6 +123,22 @@ def _use(fields: dict[str, Any]) -> LoraUse:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ValueError(f"{field} of LoRA {fields['name']!r}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _with_mask(use: LoraUse) -> LoraUse:
+    """With the mask's absolute path and the sha256 of its values."""
+    if not use.mask:
+        return use
+    mask, _ = read_mask(use.mask, use.name)
+    digest = _check_mask(use, mask)
+    return use.model_copy(update={"mask": str(Path(use.mask).absolute()), "mask_sha256": digest})
+
+
+def _check_mask(use: LoraUse, mask: Tensor) -> str:
+    digest = hashlib.sha256(mask.numpy().tobytes()).hexdigest()
+    if use.mask_sha256 and digest != use.mask_sha256:
+        raise ValueError(f"mask of LoRA {use.name!r}: {use.mask} is not the picture of the config (sha256)")
+    return digest
 
 
 def _weighted(r: Reference, weight: Any) -> Reference:

@@ -164,26 +164,29 @@ def unhooked(traces):
     }  # fmt: skip
 
 
-def test_options_of_a_lora(pipes):
-    """Schedule, positive branch only, mask and blocks, against the hook with the same options."""
+def test_options_of_a_lora(pipes, tmp_path):
+    """Schedule, positive branch only, blocks and a mask, against the hook with the same options."""
     _, pipe, loras = pipes("sdxl")
-    half = torch.zeros(8, 8)
-    half[:, :4] = 1.0
+    left = str(tmp_path / "left.png")
+    Image.linear_gradient("L").rotate(90).resize((8, 8)).save(left)
     first = {"positive_only": True, "weight": "0.2@0,1@1"}
-    second = {"blocks": {"*attn2*": 0.5}, "weight": 0.9}
-    guider = MultiLoraGuider(
-        [{"lora": loras[0], **first}, {"lora": loras[1], **second}], guidance=pipe.guider.new(), form="side"
-    )
+    second = {"blocks": {"*attn2*": 0.5}, "weight": 0.9, "mask": left}
+    guider = MultiLoraGuider([{"lora": loras[0], **first}, {"lora": loras[1], **second}], guidance=pipe.guider.new())
     with guided(pipe, guider):
         ours = draw(pipe)
     members = [member(pipe, loras[0], **first), member(pipe, loras[1], **second)]
-    with composing(pipe, members, form="side"):
-        hook = draw(pipe)
-    both = [member(pipe, loras[0], weight=first["weight"]), members[1]]
-    with composing(pipe, both, form="side"):
-        everywhere = draw(pipe)
-    assert scene.apart(ours, hook) < 1e-6
-    assert scene.apart(ours, everywhere) > 0.01  # positive_only did something
+    with composing(pipe, members):
+        assert torch.equal(draw(pipe), ours)
+    for lora, options in ((0, first), (1, second)):
+        for left_out in set(options) - {"weight"}:
+            fewer = {k: v for k, v in options.items() if k != left_out}
+            changed = [member(pipe, loras[0], **first), member(pipe, loras[1], **second)]
+            changed[lora] = member(pipe, loras[lora], **fewer)
+            with composing(pipe, changed):
+                assert scene.apart(draw(pipe), ours) > 0.01, left_out
+    Image.new("L", (8, 8), 255).save(left)
+    with pytest.raises(ValueError, match=r"mask of LoRA 'robe': .*left\.png is not the picture of the config"):
+        guider.new(loras=[guider.config.loras[1] | {"lora": loras[1]}])
 
 
 def test_positive_only_leaves_the_negative_prediction(pipes):
@@ -343,6 +346,28 @@ def test_an_error_between_prepare_and_call(pipes):
     thread.start()
     thread.join()
     assert free == [True]
+
+
+def test_a_denoiser_that_is_not_called_and_a_second_one(pipes):
+    """Neither is composed silently."""
+    _, pipe, loras = pipes("sdxl")
+    guider = MultiLoraGuider(loras)
+    embeds = torch.zeros(1, 4)
+
+    def prepare():
+        guider.set_state(0, 2, torch.tensor(999.0))
+        batches = guider.prepare_inputs({"prompt_embeds": (embeds, embeds)})
+        guider.prepare_models(pipe.unet)
+        return batches
+
+    batches = prepare()
+    with pytest.raises(RuntimeError, match="UNet2DConditionModel was prepared and never called"):
+        guider.cleanup_models(pipe.unet)
+    batches = prepare()
+    with pytest.raises(RuntimeError, match="two denoisers in one picture"):
+        guider.prepare_models(tiny.sdxl().unet)
+    assert len(batches) == 2
+    assert not hasattr(type(pipe.unet), "__multilora_of__")
 
 
 def test_without_weights_nothing_is_touched(pipes):
