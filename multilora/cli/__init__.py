@@ -12,6 +12,7 @@ import typer
 # without any spin (OMP_WAIT_POLICY=PASSIVE) took twice as long on the embedded base.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+from multilora.cli.batch import batch
 from multilora.cli.compare import compare
 from multilora.cli.compose import compose
 from multilora.cli.console import warnings_as_notes
@@ -46,6 +47,7 @@ app.command()(resize)
 app.command()(convert)
 app.command()(extract)
 app.command()(fisher)
+app.command()(batch)
 app.command()(doctor)
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")

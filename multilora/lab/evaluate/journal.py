@@ -10,6 +10,7 @@ journal that was lost or torn is made again from the pictures. SQLite's WAL need
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -229,6 +230,18 @@ def read_rows(folder: str | Path) -> list[dict[str, Any]]:
         return _rows(db)
     finally:
         db.close()
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The settings that a folder was made with, empty where there is none or its journal is torn."""
+    path = Path(folder) / "journal.sqlite"
+    if not path.is_file():
+        return {}
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=30.0)) as db:
+            return {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM settings")}
+    except (sqlite3.DatabaseError, ValueError):
+        return {}
 
 
 def _rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
