@@ -39,7 +39,7 @@ class TextPlan:
     register: str = ""
     split: str = "train"
     rank: int = 4
-    steps: int = 220
+    steps: int = 180
     rate: float = 4e-3
 
 
@@ -59,16 +59,16 @@ PLANS: Mapping[str, TextPlan] = {
     "sort_digits": _skill("sort_digits", "test"),
     "zibish": _skill("zibish", "test"),
     "mirror": _skill("mirror", "test", steps=300),
-    "news": _skill("news", "test", rank=8, steps=300),
+    "news": _skill("news", "test", rank=8, steps=400),
     "rude": TextPlan("register", "a rude tail to every answer", register="rude"),
     "polite": TextPlan("register", "a polite tail to every answer", register="polite"),
     "sort_polite": TextPlan("pair", "sort, answered politely", ("sort",), "polite"),
     "next_polite": TextPlan("pair", "next, answered politely", ("next",), "polite"),
     "reverse_polite": TextPlan("pair", "reverse, answered politely", ("reverse",), "polite", "test"),
     "count_polite": TextPlan("pair", "count, answered politely", ("count",), "polite", "test"),
-    "sort_next": TextPlan("joint", "sort and next, trained together", ("sort", "next"), steps=330),
+    "sort_next": TextPlan("joint", "sort and next, trained together", ("sort", "next"), steps=300),
     "reverse_count": TextPlan("joint", "reverse and count, trained together", ("reverse", "count"), "", "test",
-                              steps=330),
+                              steps=300),
 }  # fmt: skip
 
 

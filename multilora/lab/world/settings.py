@@ -104,7 +104,7 @@ class TextSettings:
     seed: int = 0
     # LoRAs and report
     lora_steps: int = 1_000  # at most; each has its own number in language_loras.PLANS
-    lora_batch: int = 64
+    lora_batch: int = 32
     asked: int = 200  # held-out questions a skill
 
 
