@@ -193,6 +193,8 @@ def export_base(out: Path, settings: TextSettings, target: Path) -> Path:
     # transformers loads in the config's dtype: the plain default is single precision, as the picture model's
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    (target / "model.safetensors").chmod(0o644)
+    tokenizer.model_max_length = settings.positions
     tokenizer.save_pretrained(target)
     return target
 
