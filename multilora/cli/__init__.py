@@ -25,6 +25,7 @@ from multilora.cli.loras import loras
 from multilora.cli.merge import merge
 from multilora.cli.methods import methods
 from multilora.cli.resize import resize
+from multilora.cli.search import search
 from multilora.cli.train import train
 from multilora.cli.world import world
 
@@ -47,6 +48,7 @@ app.command()(resize)
 app.command()(convert)
 app.command()(extract)
 app.command()(fisher)
+app.command()(search)
 app.command()(batch)
 app.command()(doctor)
 app.add_typer(world, name="world")

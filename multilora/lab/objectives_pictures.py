@@ -92,7 +92,7 @@ def presence_score(wanted: Mapping[str, str], recogniser: str = "a") -> Score:
 
 
 def clip_and_presence(wanted: Mapping[str, str], clip: str = "embedded", share: float = 0.5) -> Score:
-    """share * presence + (1 - share) * CLIP cosine of each picture: elements there, and the whole as the prompt says."""
+    """share * presence + (1 - share) * CLIP cosine: the elements are there, and the whole is what the prompt says."""
     seen, told = presence_score(wanted), clip_score(clip)
 
     def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:

@@ -44,7 +44,7 @@ def draw_schedule(
     return _stacked(parts)
 
 
-def _weights(weights: Sequence[Sequence[float]]) -> Image.Image:
+def _weights(weights: Sequence[Sequence[float]], axis: str = "step") -> Image.Image:
     """Lines over the steps: a mark at every step, since a weight holds for a whole step."""
     font, top, high, steps = _font(18), 14, 260, len(weights)
     wide = WIDTH - MARGIN - _LEFT - 16
@@ -67,7 +67,7 @@ def _weights(weights: Sequence[Sequence[float]]) -> Image.Image:
     for step in _ticks(max(1, steps - 1)):
         if step < steps:
             draw.text((at(step, 0)[0], top + high + 8), str(step), font=font, fill=GREY, anchor="mt")
-    draw.text((_LEFT + wide / 2, top + high + 32), "step", font=font, fill=GREY, anchor="mt")
+    draw.text((_LEFT + wide / 2, top + high + 32), axis, font=font, fill=GREY, anchor="mt")
     for i in range(len(weights[0])):
         colour = COLOURS[i % len(COLOURS)]
         points = [at(step, line[i]) for step, line in enumerate(weights)]

@@ -78,7 +78,7 @@ def learned(
     found = best[1]
     if scope == "global":
         return Chosen(found[0].tolist(), trials, best[0], ended)
-    table = {key: row for key, row in zip(keys, found.tolist(), strict=True)}
+    table = dict(zip(keys, found.tolist(), strict=True))
     return Chosen([{key: table[key][i] for key in lora} for i, lora in enumerate(loras)], trials, best[0], ended)
 
 
