@@ -23,7 +23,9 @@ def _rgb_map(vae: Any, channels: int) -> tuple[Tensor, Tensor]:
         probes = torch.zeros(channels + 1, channels, 8, 8, device=parameter.device, dtype=parameter.dtype)
         for c in range(channels):
             probes[c, c] = 1.0
-        colours = vae.decode(probes, return_dict=False)[0].float().mean(dim=(2, 3)).cpu()
+        if hasattr(vae.config, "temperal_downsample"):  # of films: [B, C, frames, h, w]
+            probes = probes[:, :, None]
+        colours = vae.decode(probes, return_dict=False)[0].float().flatten(2).mean(dim=2).cpu()
         _MAPS[vae] = (colours[:-1] - colours[-1], colours[-1])
     return _MAPS[vae]
 
@@ -33,7 +35,12 @@ def preview(pipe: Any, latents: Tensor, height: int, width: int) -> Image.Image:
     if latents.ndim == 3:
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     config = pipe.vae.config
-    z = latents[:1].float().cpu() / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    z = latents[:1].float().cpu()
+    if z.ndim == 5:  # Qwen-Image: one frame, and a scale and shift for each channel
+        mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
+        z = z[:, :, 0] * std + mean
+    else:
+        z = z / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
     slopes, zero = _rgb_map(pipe.vae, z.shape[1])
     rgb = torch.einsum("bchw,cr->bhwr", z, slopes) + zero
     pixels = ((rgb[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -152,6 +152,19 @@ def test_a_composer_around_a_pipeline_of_any_task_makes_every_task(cls):
     assert ours.tasks == theirs.tasks
 
 
+@pytest.mark.parametrize("family", list(tiny_tasks.FAMILIES))
+def test_previews_of_every_family(family):
+    """As large as the latents, and other from step to step."""
+    make, quick, _ = tiny_tasks.FAMILIES[family]
+    composer = Composer(make())
+    seen = []
+    asked = {"num_inference_steps": 2, "seed": 1, "strength": 1.0, "pipeline_options": quick, **inputs("inpainting")}
+    composer("a fox", preview=lambda step, steps, small: seen.append(small), **asked)
+    assert [small.size for small in seen] == [(8, 8)] * 2
+    assert array(seen[1]).std() > 1.0
+    assert not np.array_equal(array(seen[0]), array(seen[1]))
+
+
 def test_what_was_set_on_the_pipeline_holds_in_the_others():
     pipe = tiny.flux()
     pipe.default_sample_size = 12
