@@ -13,6 +13,7 @@ import typer
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from multilora.cli.batch import batch
+from multilora.cli.app import app as app_command
 from multilora.cli.compare import compare
 from multilora.cli.compose import compose
 from multilora.cli.console import warnings_as_notes
@@ -51,6 +52,7 @@ app.command()(fisher)
 app.command()(search)
 app.command()(batch)
 app.command()(doctor)
+app.command("app")(app_command)
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")
 

@@ -31,7 +31,6 @@ def action(name: str) -> Callable[[Callable], Callable]:
 @action("base")
 def base(engine: Any, call: Any) -> Result:
     """Load a base; what it is."""
-    engine.hold(call.request.base)
     return Result(facts=engine.about())
 
 

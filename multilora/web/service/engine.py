@@ -7,6 +7,7 @@ import contextlib
 import gc
 import io
 import math
+import os
 import time
 import warnings
 from collections import OrderedDict
@@ -14,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from multilora.pipelines.composing import denoiser_of, member
@@ -47,7 +50,9 @@ class Engine:
         self.device, self.clip = device, clip
         self.threads = torch.get_num_threads()
         self._loras: OrderedDict[tuple, Any] = OrderedDict()
-        self.base = ""
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        self.first, self.base = base, ""
         self.hold(base)
 
     def hold(self, base: str) -> None:
@@ -98,7 +103,14 @@ class Engine:
         """Run a task by the action of its request."""
         from multilora.web.service.actions import ACTIONS
 
-        answer = self._answer(lambda: ACTIONS[task.request.action](self, Call(task, emit, cancel)))
+        call = Call(task, emit, cancel)
+
+        def work() -> Result:
+            if not task.request.recipes_of():  # a recipe names its own base
+                self.hold(getattr(task.request, "base", "") or self.first)
+            return ACTIONS[task.request.action](self, call)
+
+        answer = self._answer(work, call)
         torch.set_num_threads(self.threads)
         if self.pipe is None:
             return Answer(answer.kind, code=answer.code, message=answer.message, spent=True)
@@ -108,10 +120,15 @@ class Engine:
             drift = [f"cannot be looked at: {type(error).__name__}: {error}"]
         return Answer(answer.kind, answer.result, answer.code, answer.message, drift, answer.spent)
 
-    def _answer(self, work: Callable[[], Result]) -> Answer:
+    def _answer(self, work: Callable[[], Result], call: Call) -> Answer:
+        def note(message: Warning | str, category: type, *_: Any, **__: Any) -> None:
+            if category is UserWarning:  # what is said to users; others are for those who write programs
+                call.emit(Event("note", message=str(message)))
+
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("always")
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = note
                 return Answer("done", work())
         except Cancelled:
             return Answer("cancelled")
@@ -217,7 +234,8 @@ class Engine:
                 "resolved": resolved,
             }
         )
-        torch.set_num_threads(resolved.threads if resolved else self.threads)
+        threads = resolved.threads if resolved else self.threads
+        torch.set_num_threads(threads if threads <= (os.cpu_count() or 1) else self.threads)
         with finite(self.pipe, composer, callbacks):
             return composer.compose(inside, inputs, **callbacks)
 

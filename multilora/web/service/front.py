@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import pickle
 import shutil
@@ -30,6 +31,7 @@ class Service:
     """Workers and the line before them.
 
     bases    "embedded", folders or hub ids that may be used; the first is the default
+    open_bases  whether users may name others, any folder or hub id: for a server that only its owner reaches
     devices  one worker each; None: the best there is
     loras    a folder whose .safetensors files everyone may use
     clip     scorer for bases other than the embedded one, a name for multilora.lab.score.clip.load_clip, "" for none
@@ -42,12 +44,14 @@ class Service:
         *,
         devices: Sequence[str | None] = (None,),
         limits: Limits | None = None,
+        open_bases: bool = False,
         loras: str | Path | None = None,
         clip: str = "",
         log: Log | None = None,
         engine: str = "multilora.web.service.engine:Engine",
     ):
         self.bases = [bases] if isinstance(bases, str) else list(bases)
+        self.open_bases = open_bases
         self.limits, self.log = limits or Limits(), log or Log()
         self.started, self.counts = time.time(), health.Counts()
         self._root = Path(tempfile.mkdtemp(prefix="multilora-"))
@@ -68,6 +72,7 @@ class Service:
         for worker, thread in zip(self.workers, self._threads, strict=True):
             worker.start()
             thread.start()
+        atexit.register(self.close, 0)
 
     # -- what pages call ----------------------------------------------------------------------------------------
 
@@ -132,10 +137,8 @@ class Service:
     def submit(self, request: Request, session: Session) -> Job:
         """Check a request and put it in line. Raises Refused: bad request, over a limit, or too many wait."""
         check(request, self.limits)
-        bases = {recipe.base for recipe in request.recipes_of()} - set(self.bases)
-        if isinstance(request, Base):
-            bases = {request.base} - set(self.bases)
-        if bases:
+        bases = request.bases() - {"", *self.bases}
+        if bases and not (isinstance(request, Base) and self.open_bases):
             raise Refused(f"base {sorted(bases)[0]!r:.80} is not served here; served are: {', '.join(self.bases)}")
         places = {reference: self._place(session, reference) for reference in request.references()}
         number = next(self._numbers)
@@ -173,6 +176,7 @@ class Service:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         self.log("stopping", waiting=len(self._line), running=self._line.running)
         for job in self._line.close("the server is stopping; please try again in a minute"):
             job.put(Event("error", message=self._line.closed, code="stopped"))
@@ -220,7 +224,8 @@ class Service:
         for attempt in range(1, TRIES + 1):
             if job.cancelled.is_set():
                 break
-            if not worker.alive and not self._restart(worker, "it was not there"):
+            there = worker.alive and worker.about is not None
+            if not there and not self._restart(worker, "it was not there"):
                 answer = Answer("failed", code="worker", message=f"the worker cannot start: {worker.broken}")
                 break
             task: Task = pickle.loads(job.payload)
@@ -231,6 +236,8 @@ class Service:
             except WorkerLost as error:
                 late = time.monotonic() - began >= self.limits.seconds
                 answer = _lost(job, str(error), late, self.limits.seconds)
+                if self._stopping.is_set() and answer.kind == "failed":
+                    answer = Answer("failed", code="stopped", message=self._line.closed)
                 again = again and answer.code == "worker"
                 self._replace(worker, str(error))
             else:
@@ -257,6 +264,8 @@ class Service:
             result = Result(result.pictures, result.facts, files)
             if isinstance(task.request, Base):
                 self._learn(result.facts)
+                if result.facts["base"] not in self.bases:
+                    self.bases.append(result.facts["base"])
         if not result.files:
             shutil.rmtree(task.folder, ignore_errors=True)
         self.counts.add("jobs", f"{job.action}:{answer.kind}")

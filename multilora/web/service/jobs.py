@@ -90,6 +90,7 @@ class Line:
         self.closed = ""
         self._waiting: list[Job] = []
         self._running: list[Job] = []
+        self._served = ""
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -104,6 +105,7 @@ class Line:
         seen: dict[str, int] = {}
         for job in self._running:
             seen[job.session] = seen.get(job.session, 0) + 1
+        seen.setdefault(self._served, 1)  # its turn was the last one
         turns = []
         for job in self._waiting:
             turns.append((seen.get(job.session, 0), job.number, job))
@@ -141,6 +143,7 @@ class Line:
             job = self._order()[0]
             self._waiting.remove(job)
             self._running.append(job)
+            self._served = job.session
             job.state, job.started = "running", time.monotonic()
             self._tell()
             return job

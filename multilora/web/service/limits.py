@@ -33,6 +33,7 @@ class Limits:
     compared: int = 12
     loras: int = 16
     prompt: int = 4000
+    recipe: int = 2**20
     scored: int = 16
     picture_bytes: int = 32 * 2**20
     upload_bytes: int = 2**30
@@ -40,6 +41,12 @@ class Limits:
     hour_bytes: int = 8 * 2**30
     sessions: int = 1000
     idle_seconds: float = 6 * 3600.0
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Refused(f"num_train_timesteps={value!r:.40}: a number is wanted")
+    return value
 
 
 def check(request: Request, limits: Limits) -> None:
@@ -59,6 +66,11 @@ def check(request: Request, limits: Limits) -> None:
         most("length of the negative prompt", len(recipe.negative_prompt), limits.prompt)
         if recipe.controlnet:
             raise Refused("controlnet: this server has none")
+        most("length of the recipe", len(recipe.json), limits.recipe)
+        for name, value in recipe.options.items():
+            if isinstance(value, str) and ("/" in value or "\\" in value):
+                raise Refused(f"option {name}={value!r:.80}: a path is not taken here")
+        most("num_train_timesteps", _number(recipe.scheduler_config.get("num_train_timesteps", 1)), 10_000)
         for use in recipe.loras:
             if use.mask:
                 raise Refused(f"mask of LoRA {use.name!r}: send the picture itself (masks=...), not a path")

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from multilora.recipe import Finite, Recipe
 
+MOST_PIXELS = 2**24  # of a picture that is sent: a small file may hold a very large one
+
 
 class Request(BaseModel):
     """One request; `action` names the function of multilora.web.service.actions that fulfils it.
@@ -29,6 +31,10 @@ class Request(BaseModel):
     def recipes_of(self) -> list[Recipe]:
         """The recipes that it draws, which the limits look at."""
         return []
+
+    def bases(self) -> set[str]:
+        """The bases that it names; "" is the server's first one."""
+        return {recipe.base for recipe in self.recipes_of()} or {getattr(self, "base", "")}
 
 
 class _Drawn(Request):
@@ -67,7 +73,13 @@ class Compare(_Drawn):
         return list(self.recipes)
 
 
-class Score(Request):
+class _OnBase(Request):
+    """base  that it is about; "" for the server's first one"""
+
+    base: str = Field(default="", max_length=400)
+
+
+class Score(_OnBase):
     """CLIP score of pictures (bytes of files) for a text, and presence of the elements of LoRAs (references)."""
 
     action: ClassVar[str] = "score"
@@ -87,7 +99,7 @@ class Share(BaseModel):
     weight: Finite | dict[str, Finite] = 1.0
 
 
-class Merge(Request):
+class Merge(_OnBase):
     """LoRAs into one file. `options` are the method's; a value "file:..." is the reference of an earlier output.
 
     format  "diffusers", "kohya" or "peft" (a zip of its folder); dtype: "fp32", "fp16", "bf16" or as computed
@@ -110,7 +122,7 @@ class Merge(Request):
         return [s.reference for s in self.loras] + [v for v in listed if isinstance(v, str) and v.startswith("file:")]
 
 
-class Inspect(Request):
+class Inspect(_OnBase):
     """What a LoRA of the library is: the facts of `multilora inspect --json`, checked against the base."""
 
     action: ClassVar[str] = "inspect"
@@ -120,7 +132,7 @@ class Inspect(Request):
         return [self.reference]
 
 
-class Fisher(Request):
+class Fisher(_OnBase):
     """The diagonal Fisher of a LoRA from pictures that the model draws itself; its output serves merge `fisher`."""
 
     action: ClassVar[str] = "fisher"
@@ -136,11 +148,10 @@ class Fisher(Request):
         return [self.reference]
 
 
-class Base(Request):
+class Base(_OnBase):
     """Load a base model and say what it is (the facts of `service.about`)."""
 
     action: ClassVar[str] = "base"
-    base: str = Field(max_length=400)
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,8 @@ def opened(data: bytes) -> Any:
 
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} are more pixels than {MOST_PIXELS:,}")
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"a picture was wanted (PNG, JPEG or WebP), this cannot be read as one: {error}") from None

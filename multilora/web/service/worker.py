@@ -97,7 +97,7 @@ class Worker:
         self._engine, self._settings = engine, settings
         self._process: Any = None
         self._channel: Any = None
-        self._cancelled = _CONTEXT.Value("q", 0)
+        self._cancelled = _CONTEXT.RawValue("q", 0)
         self.about: dict[str, Any] | None = None
         self.broken = ""
         self.starts = 0
@@ -105,12 +105,18 @@ class Worker:
     @property
     def pid(self) -> int | None:
         """Of the process, None when there is none."""
-        return self._process.pid if self._process is not None else None
+        process = self._process
+        with contextlib.suppress(ValueError):  # closed by the thread that serves
+            return process.pid if process is not None else None
+        return None
 
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self._process is not None and self._process.is_alive()
+        process = self._process
+        with contextlib.suppress(ValueError):
+            return process is not None and process.is_alive()
+        return False
 
     def start(self) -> None:
         """Start the process, without waiting for it to be ready."""

@@ -1,0 +1,307 @@
+"""What stands between the network and gradio: logins with a brake, and a middleware for what gradio leaves open.
+
+Gradio 6.31 answers /cancel and /reset without a login, takes any number of wrong passwords, reads request bodies of
+any size, has no quota of uploads, and hands an upload to whoever knows its path. The middleware closes these.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import threading
+import time
+import urllib.parse
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from multilora.web.service.limits import Limits
+
+BODY_BYTES = 8 * 2**20  # of a request that is no upload; pictures and LoRAs are uploaded
+REMEMBERED = 10_000  # addresses, names, session hashes and uploaded paths, oldest forgotten first
+WRONG, LOCKED_SECONDS = 5, 60.0  # wrong passwords of one name, and how long it is locked then
+TRIES_AN_ADDRESS, WINDOW = 20, 300.0  # logins of one address within so many seconds
+_SCRYPT = {"n": 2**14, "r": 8, "p": 1, "dklen": 32}
+
+
+def hashed(password: str, salt: bytes | None = None) -> str:
+    """A password as it stands in the file of --auth: scrypt:SALT:HASH."""
+    salt = salt or secrets.token_bytes(16)
+    digest = hashlib.scrypt(password.encode(), salt=salt, **_SCRYPT)
+    return f"scrypt:{salt.hex()}:{digest.hex()}"
+
+
+def read_users(path: str | Path) -> dict[str, str]:
+    """{name: hash} from lines NAME:scrypt:SALT:HASH. ValueError naming file and line for anything else."""
+    users = {}
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--auth {str(path)!r}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, rest = line.partition(":")
+        if not name.strip() or not re.fullmatch(r"scrypt:[0-9a-f]{32}:[0-9a-f]{64}", rest.strip()):
+            raise ValueError(f"--auth {str(path)!r}, line {number}: wanted NAME:HASH, see multilora app --new-user")
+        users[name.strip()] = rest.strip()
+    if not users:
+        raise ValueError(f"--auth {str(path)!r}: names no user; see multilora app --new-user")
+    return users
+
+
+class Logins:
+    """gradio's `auth` function: (name, password) -> whether they go together.
+
+    After WRONG wrong passwords in a row a name is locked for LOCKED_SECONDS, also against the right one.
+    """
+
+    def __init__(self, users: dict[str, str], clock: Callable[[], float] = time.monotonic):
+        self._users, self._clock = users, clock
+        self._wrong: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._nobody = hashed(secrets.token_hex(8))
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, password: str) -> bool:
+        now = self._clock()
+        with self._lock:
+            count, since = self._wrong.get(name, (0, now))
+            if count >= WRONG and now - since < LOCKED_SECONDS:
+                return False
+        # An unknown name costs as much time as a known one.
+        _, salt, digest = self._users.get(name, self._nobody).split(":")
+        found = hashed(password, bytes.fromhex(salt)).split(":")[2]
+        right = hmac.compare_digest(found, digest) and name in self._users
+        with self._lock:
+            if right:
+                self._wrong.pop(name, None)
+            else:
+                count = self._wrong.get(name, (0, now))[0] % WRONG + 1
+                self._wrong[name] = (count, now)
+                _bounded(self._wrong)
+        return right
+
+
+class Guard:
+    """The middleware (ASGI), in front of a gradio app with or without logins.
+
+    Owners are user names where there are logins, else a cookie of this browser; a client without one owns nothing,
+    and its uploads are reachable by their unguessable paths only, as in gradio itself.
+    """
+
+    def __init__(self, app: Any, service: Any, clock: Callable[[], float] = time.monotonic):
+        self.app, self.service, self._clock = app, service, clock
+        self.limits: Limits = service.limits
+        self._logins: OrderedDict[str, deque] = OrderedDict()
+        self._uploads: OrderedDict[str, deque] = OrderedDict()
+        self._sessions: OrderedDict[str, str] = OrderedDict()  # gradio's session hash -> owner
+        self._paths: OrderedDict[str, str] = OrderedDict()  # uploaded path -> owner
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path, method = scope["path"].removeprefix("/gradio_api").rstrip("/") or "/", scope["method"]
+        host = (scope.get("client") or ("",))[0]
+        if method == "GET" and path == "/healthz":
+            status = self.service.health()["status"]
+            return await _answer(send, 200 if status == "ok" else 503, json.dumps({"status": status}), "json")
+        if method == "GET" and path == "/metrics":
+            if host not in ("127.0.0.1", "::1"):
+                return await _answer(send, 404, "Not Found")
+            return await _answer(send, 200, self.service.metrics(), "plain; version=0.0.4")
+        owner, cookie = self._owner(scope)
+        if method == "POST":
+            refused, receive = await self._post(scope, receive, path, host, owner)
+            if refused:
+                return await _answer(send, *refused)
+        elif "/file=" in path or path.startswith("/file/"):
+            asked = path.partition("/file=")[2] or path.removeprefix("/file/")
+            if not self._may(asked, owner) or not self._may(urllib.parse.unquote(asked), owner):
+                return await _answer(send, 403, "This file belongs to someone else.")
+        await self.app(scope, receive, self._sending(send, path, method, owner, cookie))
+
+    def _owner(self, scope: dict) -> tuple[str, str]:
+        """(owner, a new cookie to set or "")."""
+        cookies = _cookies(scope)
+        app = scope.get("app")
+        if getattr(app, "auth", None) is not None:
+            token = cookies.get(f"access-token-{app.cookie_id}") or cookies.get(
+                f"access-token-unsecure-{app.cookie_id}"
+            )
+            user = app.tokens.get(token)
+            return (f"user:{user}" if user else ""), ""
+        mine = cookies.get("multilora-visitor", "")
+        if re.fullmatch(r"[\w-]{32}", mine):
+            return f"visitor:{mine}", ""
+        return "", secrets.token_urlsafe(24)
+
+    async def _post(self, scope: dict, receive: Any, path: str, host: str, owner: str) -> tuple[tuple | None, Any]:
+        """(status and text of a refusal or None, the receive function to go on with)."""
+        size = _length(scope)
+        if path == "/login" and self._over(self._logins, host, 1, TRIES_AN_ADDRESS, WINDOW):
+            return (429, "Too many logins from this address; please wait five minutes."), receive
+        if path == "/upload":
+            if size is None or size > self.limits.upload_bytes + BODY_BYTES:
+                return (413, f"An upload may have {self.limits.upload_bytes:,} bytes."), receive
+            if self._over(self._uploads, owner or host, size, self.limits.hour_bytes, 3600.0):
+                return (429, f"Only {self.limits.hour_bytes:,} bytes may be uploaded within an hour."), receive
+            return None, receive
+        body, whole = b"", False
+        while not whole:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return (400, "The request ended early."), receive
+            body += message.get("body", b"")
+            whole = not message.get("more_body", False)
+            if len(body) > BODY_BYTES:
+                return (413, f"A request may have {BODY_BYTES:,} bytes."), receive
+        refused = self._body(scope, path, body, owner)
+        return refused, _again(body, receive)
+
+    def _body(self, scope: dict, path: str, body: bytes, owner: str) -> tuple | None:
+        protected = path in ("/cancel", "/reset")
+        app = scope.get("app")
+        if protected and getattr(app, "auth", None) is not None and not owner:
+            return (401, "Please log in.")
+        try:
+            data = json.loads(body) if body else None
+        except (ValueError, RecursionError):
+            return (400, "This is not JSON.") if protected or path.startswith("/queue") else None
+        session = data.get("session_hash") if isinstance(data, dict) else None
+        if isinstance(session, str):
+            whose = self._sessions.get(session)
+            if whose and whose != owner:
+                return (403, "This session belongs to someone else.")
+            if path == "/queue/join" and owner:
+                self._sessions[session] = owner
+                _bounded(self._sessions)
+        if not all(self._may(text, owner) for text in _texts(data)):
+            return (403, "This file belongs to someone else.")
+        return None
+
+    def _may(self, path: str, owner: str) -> bool:
+        """Whether a text is no uploaded file's path, or that of one of the owner's."""
+        whose = self._paths.get(os.path.normpath(path)) if len(path) < 4096 and "/" in path else None
+        return whose is None or whose == owner
+
+    def _over(self, seen: OrderedDict[str, deque], who: str, amount: float, limit: float, window: float) -> bool:
+        now = self._clock()
+        past = seen.setdefault(who, deque())
+        while past and now - past[0][0] > window:
+            past.popleft()
+        if sum(n for _, n in past) + amount > limit:
+            return True
+        past.append((now, amount))
+        seen.move_to_end(who)
+        _bounded(seen)
+        return False
+
+    def _sending(self, send: Any, path: str, method: str, owner: str, cookie: str) -> Any:
+        body = b""
+        mine = owner or (f"visitor:{cookie}" if cookie else "")
+
+        async def sending(message: dict) -> None:
+            nonlocal body
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", []), (b"x-content-type-options", b"nosniff"),
+                           (b"referrer-policy", b"same-origin")]  # fmt: skip
+                if cookie:
+                    text = f"multilora-visitor={cookie}; Path=/; HttpOnly; SameSite=Lax"
+                    headers.append((b"set-cookie", text.encode()))
+                message = {**message, "headers": headers}
+            elif path == "/upload" and method == "POST" and mine:
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    self._uploaded(body, mine)
+            await send(message)
+
+        return sending
+
+    def _uploaded(self, body: bytes, owner: str) -> None:
+        try:
+            paths = json.loads(body)
+        except ValueError:
+            return  # an error of gradio's in words
+        for path in paths if isinstance(paths, list) else []:
+            if isinstance(path, str):
+                self._paths.setdefault(
+                    os.path.normpath(path), owner
+                )  # equal content has one path: who came first keeps it
+        _bounded(self._paths)
+
+
+def launch_options(
+    service: Any, *, host: str = "127.0.0.1", port: int | None = None, users: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Arguments for gradio's `launch`, as this service wants it: nothing shared, nothing allowed, nothing shown."""
+    from starlette.middleware import Middleware
+
+    return {
+        "server_name": host,
+        "server_port": port,
+        "auth": Logins(users) if users else None,
+        "share": False,
+        "allowed_paths": [],
+        "max_file_size": service.limits.upload_bytes,
+        "show_error": False,
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        "strict_cors": True,
+        "state_session_capacity": service.limits.sessions,
+        "footer_links": [],
+        "app_kwargs": {"middleware": [Middleware(Guard, service=service)]},
+    }
+
+
+def _bounded(found: OrderedDict) -> None:
+    while len(found) > REMEMBERED:
+        found.popitem(last=False)
+
+
+def _cookies(scope: dict) -> dict[str, str]:
+    lines = [v.decode("latin-1") for k, v in scope["headers"] if k == b"cookie"]
+    pairs = [part.strip().partition("=") for line in lines for part in line.split(";")]
+    return {name: value for name, _, value in pairs}
+
+
+def _length(scope: dict) -> int | None:
+    found = [v for k, v in scope["headers"] if k == b"content-length"]
+    return int(found[0]) if found and found[0].isdigit() else None
+
+
+def _texts(data: Any) -> list[str]:
+    found, todo = [], collections.deque([data])
+    while todo:
+        each = todo.popleft()
+        if isinstance(each, str):
+            found.append(each)
+        elif isinstance(each, (dict, list)):
+            todo.extend(each.values() if isinstance(each, dict) else each)
+    return found
+
+
+def _again(body: bytes, receive: Any) -> Any:
+    """A receive function that gives the body that was read, then whatever else comes."""
+    given = False
+
+    async def receiving() -> dict:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receiving
+
+
+async def _answer(send: Any, status: int, text: str, kind: str = "plain; charset=utf-8") -> None:
+    kind = "application/json" if kind == "json" else f"text/{kind}"
+    headers = [(b"content-type", kind.encode()), (b"x-content-type-options", b"nosniff")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
