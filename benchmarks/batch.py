@@ -4,8 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/batch.py real           # 20 kills with the embedded base
     OMP_NUM_THREADS=1 python benchmarks/batch.py ray            # two actors against one process; on an idle machine
 
-`kills ITEMS KILLS MINUTES` kills no more after so many minutes. Each writes its part of benchmarks/batch.md. `kills` and `real` end with an error unless every item is there once,
-whole, and equal to the byte to that of an uninterrupted run.
+`kills ITEMS KILLS MINUTES` kills no more after so many minutes. Each writes its part of benchmarks/batch.md. `kills`
+and `real` end with an error unless every item is there once, whole, and equal to the byte to that of an uninterrupted
+run.
 """
 
 import datetime

@@ -59,7 +59,8 @@ def batch(
         from multilora.lab.evaluate.ray_workers import RayWorkers
 
         team = partial(RayWorkers, workers=workers, address=ray, threads=threads)
-    with stopped_by_signals() as stop, _told(len(items)) as progress:
+    # Ray tells on stdout which of its processes have died.
+    with contextlib.redirect_stdout(sys.stderr), stopped_by_signals() as stop, _told(len(items)) as progress:
         summary = run_batch(
             items,
             out,
