@@ -99,7 +99,8 @@ def _weights(raw: Tensor, form: str, bound: float) -> Tensor:
     """[layers, k] from raw values of the same shape."""
     if form == "simplex":
         return raw.softmax(-1)
-    return bound * raw.tanh() if form == "bounded" else raw
+    # A copy: whoever keeps a row must not see the optimiser change it.
+    return bound * raw.tanh() if form == "bounded" else raw.clone()
 
 
 def _scalar(loss: Any, objective: Any, step: int, lr: float) -> Tensor:
