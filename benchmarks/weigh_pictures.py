@@ -72,7 +72,8 @@ def measure(pipe, chosen, args, journal, count):
         merged = None
         for first in range(0, count, CHUNK):
             size = min(CHUNK, count - first)
-            key = f"picture/{name}/{'+'.join(chosen)}/{first}+{size}/{args.steps}/{args.budget}/{args.search_steps}/{args.learn_steps}"
+            settings = f"{args.steps}/{args.budget}/{args.search_steps}/{args.learn_steps}"
+            key = f"picture/{name}/{'+'.join(chosen)}/{first}+{size}/{settings}"
             if key in journal:
                 continue
             merged = merged or ml.merge(loras, weights)
