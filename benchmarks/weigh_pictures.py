@@ -26,8 +26,18 @@ from multilora.method import resolve
 from multilora.pipelines.load import library, load_pipeline
 
 GRID = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+MOST = 50  # pictures of a set at most; a search sees none of their prompts
 SEARCH_SEEDS = (700_000, 700_001)  # the report's pictures have seeds from 0
 CHUNK = 4
+
+
+def unseen_prompts(entries, chosen):
+    """Four captions for the search, none of which is among the held-out ones: streams apart can still say the same."""
+    held_out = {caption(composed_scene(chosen, i), 1) for i in range(MOST)}
+    found = [p for p in dict.fromkeys(search_prompts(entries, chosen, 100)) if p not in held_out]
+    if len(found) < 4:
+        raise ValueError(f"{'+'.join(chosen)}: {len(found)} captions are left for the search, wanted 4")
+    return found[:4]
 
 
 def chosen_weights(pipe, chosen, args, journal):
@@ -35,7 +45,7 @@ def chosen_weights(pipe, chosen, args, journal):
     entries = [library()[name] for name in chosen]
     loras = [ml.load(entry["path"], base=pipe, name=entry["name"]) for entry in entries]
     wanted = {DESIGNS[name].category: name for name in chosen}
-    prompts = search_prompts(entries, chosen, 4)
+    prompts = unseen_prompts(entries, chosen)
     score = PictureScore(pipe, prompts, SEARCH_SEEDS, clip_and_presence(wanted), name="both", steps=args.search_steps)
     found = {f"merge, weight {w:g}": [w] * 3 for w in GRID} | {"uniform": [1 / 3] * 3}
     setting = f"{args.budget}/{args.search_steps}/{args.learn_steps}"
@@ -121,6 +131,8 @@ def main():
     journal = Journal(args.journal)
     if not args.table:
         found = sets("test", 3)[: args.sets]
+        if args.pictures > MOST * len(found):
+            raise SystemExit(f"--pictures {args.pictures}: {MOST} at most for each of {len(found)} sets")
         pipe = load_pipeline("embedded", device="cpu")
         for chosen in found:
             measure(pipe, chosen, args, journal, -(-args.pictures // len(found)))
