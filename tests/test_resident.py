@@ -68,8 +68,20 @@ class Watch:
         self.most_alive = max(self.most_alive, sum(size for _, size in self.alive))
 
 
+class Worker(threading.Thread):
+    """A thread whose error `ended` raises."""
+
+    error = None
+
+    def run(self):
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
+
+
 def started(work):
-    thread = threading.Thread(target=work, daemon=True)
+    thread = Worker(target=work, daemon=True)
     thread.start()
     return thread
 
@@ -78,6 +90,8 @@ def ended(*threads):
     for thread in threads:
         thread.join(WAIT)
         assert not thread.is_alive(), "a thread hangs"
+        if thread.error is not None:
+            raise thread.error
 
 
 # -- what stays and what goes ----------------------------------------------------------------------------------------
