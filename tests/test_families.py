@@ -249,3 +249,37 @@ def _positive_only(family, loras, make, images):
     with composing(pipe, members, "merge"), dense.standing(pipe, known.name, dense.Stand(known.own, answer)):
         make(pipe)
     assert max(differences) <= ONE, differences
+
+
+# -- masks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mask_acts_per_latent_position(family):
+    """Within its mask the merged model's prediction, outside of it the base's, of both pictures, in every layout."""
+    pipe, lora = families.pipe(family), families.loras(family, False)[:1]
+    make = families.call(family, True, 1, 2)
+    known = dense.Dense(pipe, lora, [1.0], make)
+    known.prepare()
+    mask = torch.zeros(32, 32)
+    mask[:8, 16:] = 1.0  # not symmetric: rows and columns must not be exchanged
+    differences, effects = [], []
+
+    def answer(args, kwargs):
+        arguments = dense.by_name(known.own, args, kwargs)
+        known.advance(arguments)
+        merged, base = (dense.tensors(known.run(m, arguments)[0]) for m in ("merge", "base"))
+        got = dense.tensors(known.own(*copy.deepcopy(args), **copy.deepcopy(kwargs))[0])
+        cells = 4 if family in ("flux", "qwen") else 8
+        inside = mask[:: 32 // cells, :: 32 // cells].bool()
+        inside = inside.reshape(1, -1, 1) if cells == 4 else inside
+        wanted = [torch.where(inside, m, b) for m, b in zip(merged, base, strict=True)]
+        differences.append(dense.relative(got, wanted))
+        effects.append(dense.relative(wanted, base))
+        return known.run("merge", arguments)
+
+    masked = [member(pipe, lora[0], weight=1.0, mask=mask)]
+    with composing(pipe, masked, "merge"), dense.standing(pipe, known.name, dense.Stand(known.own, answer)):
+        make(pipe)
+    assert max(differences) <= ONE, differences
+    assert min(effects) > 0.01, effects

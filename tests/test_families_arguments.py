@@ -292,3 +292,18 @@ def test_a_subclass_of_a_known_class_is_unknown():
     with scene.listening(pipe.unet) as runs, composing(pipe, list(loras), "composite"):
         families.call("sd15", steps=1)(pipe)
     assert [len(run["sample"]) for run in runs] == [2, 2]
+
+
+def test_masks_end_where_the_picture_ends():
+    """FLUX Kontext and Qwen-Image-Edit hand over reference pictures after the picture; masks are for that alone."""
+    mask = torch.arange(6.0).reshape(2, 3)
+    ids = torch.tensor([[0, i // 3, i % 3] for i in range(6)] + [[1, i // 4, i % 4] for i in range(16)])
+    for name, known in (
+        ("FluxTransformer2DModel", {"img_ids": ids}),
+        ("QwenImageTransformer2DModel", {"img_shapes": [[(1, 2, 3), (1, 4, 4)]] * 2}),
+    ):
+        arguments = {"hidden_states": torch.zeros(2, 22, 5), **known}
+        assert inputs.grid(TABLE[name], arguments) == (2, 3)
+        spread = inputs.spread(TABLE[name], mask, arguments)
+        assert spread.shape == (1, 22, 1)
+        assert spread.flatten().tolist() == [*range(6), *[0] * 16]
