@@ -22,6 +22,7 @@ from PIL import Image
 
 from multilora.lab.evaluate.batch import run_batch
 from multilora.lab.evaluate.items import read_items
+from multilora.lab.evaluate.workers import Unusable
 
 
 class StandIn:
@@ -60,6 +61,20 @@ class Real(StandIn):
             self.draw._composer_for(recipe)
         self.begin(recipe)
         return self.draw(recipe, cancel)
+
+
+class Blind:
+    """It can draw nothing at all."""
+
+    def __call__(self, recipe, cancel=None):
+        raise Unusable("no such base")
+
+
+class Broken:
+    """It cannot even be made."""
+
+    def __init__(self):
+        raise OSError("this machine has no disk")
 
 
 def lines(count, **fields):

@@ -11,9 +11,8 @@ from multilora.lab.evaluate.batch import run_batch
 from multilora.lab.evaluate.items import BatchError, items_of
 from multilora.lab.evaluate.journal import read_rows
 from multilora.lab.evaluate.ray_workers import RayWorkers
-from multilora.lab.evaluate.workers import Unusable
 from tests.batch_kills import check, kill_in_turn
-from tests.batch_standin import Real, StandIn, lines
+from tests.batch_standin import Blind, Broken, Real, StandIn, lines
 
 ROOM = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
 TWO = partial(RayWorkers, workers=2)
@@ -32,16 +31,6 @@ def cluster(tmp_path_factory):
     )
     yield ray
     ray.shutdown()
-
-
-class Blind:
-    def __call__(self, recipe, cancel=None):
-        raise Unusable("no such base")
-
-
-class Broken:
-    def __init__(self):
-        raise OSError("this machine has no disk")
 
 
 def test_actors_draw_the_same_pictures(cluster, tmp_path):
