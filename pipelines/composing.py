@@ -175,6 +175,16 @@ def check_run(scale: Any, passes_per_call: Any, cancel: Any) -> None:
         raise ValueError(f"cancel={cancel!r}: wanted an object with is_set(), such as a threading.Event")
 
 
+def warned(bound: Bound, denoiser: nn.Module, component: str, members: Sequence[Member]) -> Bound:
+    """The method, with a warning (multilora.strength.TooStrong) before the first run of a stack that is too strong."""
+
+    def stack() -> strength.Stack:
+        names, blocks = [m.name for m in members], [dict(m.blocks) or None for m in members]
+        return strength.stack_of(denoiser, [m.lora for m in members], component, names=names, blocks=blocks)
+
+    return strength.guarded(bound, stack, [m.weight for m in members], [m.mask is not None for m in members])
+
+
 @contextlib.contextmanager
 def composing(
     pipe: Any,
@@ -214,13 +224,7 @@ def composing(
     members = [m.scaled(float(scale)) for m in members_of(pipe, loras, weights)]
     members = [m for m in members if not m.weight.is_zero]
     encodings = Encodings(pipe, denoiser, members, text_encoder)
-
-    def stack() -> strength.Stack:
-        blocks = [dict(m.blocks) or None for m in members]
-        return strength.stack_of(denoiser, [m.lora for m in members], component, names=names, blocks=blocks)
-
-    names = [m.name for m in members]
-    bound = strength.guarded(bound, stack, [m.weight for m in members], [m.mask is not None for m in members])
+    bound = warned(bound, denoiser, component, members)
     if not members:
         with lane(denoiser):  # another thread's composition is no part of the untouched model
             yield None
@@ -248,7 +252,7 @@ def composing(
             encodings,
             passes_per_call=passes_per_call,
             cancel=cancel,
-            guided=lambda: bool(getattr(pipe, "do_classifier_free_guidance", False)),
+            guided=lambda: getattr(pipe, "do_classifier_free_guidance", None),
             half=lambda: half_of(getattr(pipe, "guider", None)),
         )
         stack.callback(conductor.caches.close)

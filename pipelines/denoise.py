@@ -79,7 +79,7 @@ class Conductor:
 
     passes_per_call  how many passes may run as one batch; None for all of them
     cancel           an object with `is_set()`, read before every run
-    guided           whether the pipeline's calls hold a negative half
+    guided           whether the pipeline's calls hold a negative half; None where it does not say
     half             "negative" or "positive" where each has its own call (a guider's conditions), else None
     """
 
@@ -94,14 +94,14 @@ class Conductor:
         *,
         passes_per_call: int | None = None,
         cancel: Any = None,
-        guided: Callable[[], bool] = lambda: False,
+        guided: Callable[[], bool | None] = lambda: None,
         half: Callable[[], str | None] = lambda: None,
     ):
         inner = getattr(denoiser, "_orig_mod", denoiser)
         self.forward = inner.forward
         self.table = inputs.inputs_of(denoiser)
         self.family = inputs.class_name(denoiser)
-        self.alone = inputs.alone(denoiser, bank.paths)
+        self.denoiser, self.alone = denoiser, True
         self.bank, self.members, self.bound, self.clock, self.encodings = bank, list(members), bound, clock, encodings
         self.passes_per_call, self.cancel, self.guided, self.half = passes_per_call, cancel, guided, half
         self.caches = Caches(
@@ -137,6 +137,7 @@ class Conductor:
             self._masks.clear()
             self.passes.clear()
             self._where = (-1, -1)
+            self.alone = inputs.alone(self.denoiser, self.bank.paths)  # pipelines set processors for one picture
             self.caches.new_picture()
             self.bank.reset_calls()
         self.encodings.begins(new_picture)
@@ -302,13 +303,16 @@ class Conductor:
             return ["negative" if negative else "positive"] * batch
         if not self.encodings.swaps and not any(m.positive_only for m in self.members):
             return [""] * batch  # nobody asks
-        pictures = self.encodings.pictures
+        pictures, said = self.encodings.pictures, self.guided()
         if pictures:
             guided = batch == 2 * pictures
-            if batch not in (pictures, 2 * pictures):
+            # Without guidance, twice the batch is something else (perturbed attention).
+            if batch not in (pictures, 2 * pictures) or (guided and said is not None and not said):
                 return self._unknown_halves(batch)
         else:
-            guided = self.guided() and inputs.same_halves(self.table, arguments)
+            guided = said and inputs.same_halves(self.table, arguments)
+            if said and not guided and self.table.layout != "list":  # Z-Image's late calls have no negative half
+                return self._unknown_halves(batch)
         if not guided:
             return ["positive"] * batch
         order = ("negative", "positive") if self.table.negative == "first" else ("positive", "negative")

@@ -30,7 +30,7 @@ from multilora.attach import Bank, attached
 from multilora.bases import component_of
 from multilora.method import Bound, Method, resolve, unknown
 from multilora.pipelines.clock import Clock
-from multilora.pipelines.composing import DENOISERS, check_run, denoiser_of
+from multilora.pipelines.composing import DENOISERS, check_run, denoiser_of, warned
 from multilora.pipelines.denoise import Conductor, intercepted
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.members import Member
@@ -256,7 +256,7 @@ class MultiLoraGuider(BaseGuidance):
             denoiser,
             bank,
             members,
-            self.bound,
+            warned(self.bound, denoiser, _component(denoiser), members),
             clock,
             encodings,
             passes_per_call=self.config.passes_per_call,

@@ -28,13 +28,19 @@ def inputs_of(denoiser: torch.nn.Module) -> Inputs | None:
 
 
 def alone(denoiser: torch.nn.Module, paths: Sequence[str]) -> bool:
-    """Whether LoRAs on these module paths allow one row per run of the model only, so that passes run in turn."""
+    """Whether LoRAs on these module paths allow one row per run of the model only, so that passes run in turn.
+
+    Attention processors that are none of diffusers' plain ones may deal with the samples of a batch by their number,
+    as those of perturbed-attention guidance do, which cut it in two or three.
+    """
     table = inputs_of(denoiser)
     if table is None:
         return True
     config = getattr(getattr(denoiser, "_orig_mod", denoiser), "config", None) or {}
     doubled = any(config.get(name) for name in table.in_turn)
-    return doubled or any(fnmatchcase(path, glob) for path in paths for glob in table.joined)
+    processors = {type(p) for m in denoiser.modules() if (p := getattr(m, "processor", None)) is not None}
+    strange = any(not p.__module__.startswith("diffusers.models.") or p.__name__.startswith("PAG") for p in processors)
+    return doubled or strange or any(fnmatchcase(path, glob) for path in paths for glob in table.joined)
 
 
 def encodings_of(denoiser: torch.nn.Module, returned: Sequence[Any]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multilora.attach import attached
 from multilora.method import unknown
-from multilora.pipelines.inputs import copied, encodings_of
+from multilora.pipelines.inputs import copied, encodings_of, inputs_of
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.members import Member
 
@@ -47,6 +47,8 @@ class Encodings:
         self._cache: dict[tuple[int, tuple[float, ...]], dict[str, Any]] = {}
         self._edited: dict[str, dict[str, Any]] = {}
         self._fallback = ""
+        table = inputs_of(denoiser)
+        self._most = 0 if table is None else 2 if table.negative == "second" else 1  # calls for one picture
         self.pictures = 0  # pictures that the pipeline encodes for, 0 while unknown
         self.used = False  # set by the denoiser: the next encode_prompt belongs to a new picture
 
@@ -76,20 +78,21 @@ class Encodings:
                     self._attach(stack, self._start_row())
                 yield self
             return
-        had = self.pipe.__dict__.get("encode_prompt")
+        check = getattr(self.pipe, "check_inputs", None)  # Z-Image has none
 
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             return self._first_encoding(original, args, kwargs)
 
+        def check_inputs(*args: Any, **kwargs: Any) -> Any:
+            self._restart()  # a picture begins; the last one may have ended before its first call of the denoiser
+            return check(*args, **kwargs)
+
         self._original = original
-        try:
-            self.pipe.__dict__["encode_prompt"] = encode_prompt
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_instead(self.pipe, "encode_prompt", encode_prompt))
+            if check is not None:
+                stack.enter_context(_instead(self.pipe, "check_inputs", check_inputs))
             yield self
-        finally:
-            if had is None:
-                self.pipe.__dict__.pop("encode_prompt", None)
-            else:
-                self.pipe.__dict__["encode_prompt"] = had
 
     def _restart(self) -> None:
         self.calls.clear()
@@ -113,7 +116,7 @@ class Encodings:
         self._fallback = why
 
     def _first_encoding(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        if self.used:
+        if self.used or len(self.calls) == self._most > 0:
             self._restart()
         row = self._start_row()
         given = [v for n, v in kwargs.items() if n.endswith("prompt_embeds") and v is not None]
@@ -192,6 +195,20 @@ class Encodings:
         given = inspect.signature(self._original).bind(*args, **kwargs).arguments
         found = {name: given.get(name) for name in ("prompt", "prompt_2", "prompt_3")}
         return {name: value for name, value in found.items() if value and _is_text(value)}
+
+
+@contextlib.contextmanager
+def _instead(pipe: Any, name: str, function: Callable) -> Iterator[None]:
+    """`function` in the place of one pipeline's method, for the block."""
+    own = pipe.__dict__.get(name)
+    try:
+        pipe.__dict__[name] = function
+        yield
+    finally:
+        if own is None:
+            pipe.__dict__.pop(name, None)
+        else:
+            pipe.__dict__[name] = own
 
 
 def _is_text(value: Any) -> bool:

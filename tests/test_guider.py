@@ -3,6 +3,7 @@
 import json
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from multilora.pipelines.composing import composing, member
 from multilora.pipelines.denoise import Cancelled
 from multilora.pipelines.guider import MultiLoraGuider
 from multilora.pipelines.lanes import lane
+from multilora.strength import TooStrong
 from tests import dense, modular, scene, tiny
 from tests.modular import draw, guided
 
@@ -213,6 +215,21 @@ def test_positive_only_leaves_the_negative_prediction(pipes):
         assert scene.apart(found[0], plain[0]) > 0.02
 
 
+def test_a_stack_that_is_too_strong_is_told(pipes):
+    """As under the hook: by the plan's rows, so not for the same LoRAs one at a time."""
+    _, pipe, loras = pipes("sdxl")
+    for method, expected in (("merge", 1), ("composite", 0)):
+        with (
+            guided(pipe, MultiLoraGuider(loras, method, weights=[2.4, 2.4])),
+            warnings.catch_warnings(record=True) as w,
+        ):
+            warnings.simplefilter("always")
+            draw(pipe, steps=1)
+        told = [str(x.message) for x in w if x.category is TooStrong]
+        assert len(told) == expected
+        assert all("fox at 2.4, robe at 2.4: together 3.4 times" in text for text in told), told
+
+
 # -- pictures in a row, errors, cancels -----------------------------------------------------------------------------
 
 
@@ -223,15 +240,12 @@ def test_the_method_is_called_once_per_picture(pipes):
     plans, moments = [], []
     bound = guider.bound
 
-    class Counting:
-        record = bound.record
+    def counting(loras, **options):
+        plans.append(len(loras))
+        plan = bound.record.fn(loras, **options)
+        return lambda moment: (moments.append((moment.step, moment.steps)), plan(moment))[1]
 
-        def __call__(self, loras):
-            plans.append(len(loras))
-            plan = bound(loras)
-            return lambda moment: (moments.append((moment.step, moment.steps)), plan(moment))[1]
-
-    guider.bound = Counting()
+    guider.bound = replace(bound, record=replace(bound.record, fn=counting))
     with guided(pipe, guider):
         pictures = [draw(pipe), draw(pipe, seed=1), draw(pipe)]
     assert plans == [2, 2, 2]
