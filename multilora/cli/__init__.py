@@ -12,8 +12,8 @@ import typer
 # without any spin (OMP_WAIT_POLICY=PASSIVE) took twice as long on the embedded base.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from multilora.cli.batch import batch
 from multilora.cli.app import app as app_command
+from multilora.cli.batch import batch
 from multilora.cli.compare import compare
 from multilora.cli.compose import compose
 from multilora.cli.console import warnings_as_notes
