@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from multilora.bases import Base
 from multilora.lora import Dense, LowRank
+from multilora.rebuilt import pristine
 from multilora.sites import quantised
 
 # lycoris-lora adds it to the norm, PEFT adds none.
@@ -43,12 +44,14 @@ def _plain(layer: nn.Module, target: str, shape: tuple[int, ...]) -> Tensor:
     if kind := quantised(layer):
         raise ValueError(f"this is DoRA, whose update depends on the base's weight; {target} is a quantised {kind}")
     weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor):
+        weight = pristine(weight)  # another thread may be drawing with merged ones
     if isinstance(weight, Tensor) and type(layer).__name__ == "Conv1D":
         weight = weight.T
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.shape != shape:
         what = f"a {type(layer).__name__} without a plain floating weight {list(shape)}"
         raise ValueError(f"this is DoRA, and the base's {target} is {what} (quantised, or not in memory)")
-    return weight.detach().to("cpu", torch.float64)
+    return weight.to("cpu", torch.float64)
 
 
 def materialised(part: LowRank | Dense, magnitude: Tensor, weight: Tensor, *, spelling: str) -> Dense:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,14 @@ from multilora.sites import Site
 
 WIDE = (torch.float32, torch.float64)
 Merged = tuple[Tensor, Tensor | None]  # weight, and bias where a LoRA has one
+_AWAY: dict[int, Tensor] = {}  # id of a parameter that holds merged numbers -> its own numbers
+_AWAY_LOCK = threading.Lock()
+
+
+def pristine(parameter: Tensor) -> Tensor:
+    """The base's own numbers of a parameter, whichever merged ones another thread's run has in their place now."""
+    with _AWAY_LOCK:
+        return _AWAY.get(id(parameter), parameter).detach()
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
@@ -71,16 +81,20 @@ class Weight:
 
     def put(self, merged: Merged) -> None:
         self.now = merged
-        for parameter, tensor in zip(self.parameters, merged, strict=False):
-            parameter.data = tensor
+        with _AWAY_LOCK:
+            for parameter, base, tensor in zip(self.parameters, self.base, merged, strict=False):
+                _AWAY[id(parameter)] = base
+                parameter.data = tensor
 
     def restore(self) -> None:
         """The original tensors back. A model that was moved or cast meanwhile gets their copy where it is now."""
         if self.now is None:
             return
-        for parameter, base in zip(self.parameters, self.base, strict=True):
-            same = parameter.device == base.device and parameter.dtype == base.dtype
-            parameter.data = base if same else base.to(parameter.device, parameter.dtype)
+        with _AWAY_LOCK:
+            for parameter, base in zip(self.parameters, self.base, strict=True):
+                same = parameter.device == base.device and parameter.dtype == base.dtype
+                parameter.data = base if same else base.to(parameter.device, parameter.dtype)
+                _AWAY.pop(id(parameter), None)
         self.now = None
 
     @property

@@ -7,9 +7,11 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from multilora import files
 from multilora.lora import Lora
+from multilora.pipelines.composing import composing
 from multilora.pipelines.image import Composer
 from multilora.resident import Library
 from tests import scene, tiny
@@ -162,3 +164,31 @@ def test_what_a_run_holds_beside_the_library(shelf, form):
 def _adapted(folder, names):
     loras = [files.load(folder / f"{name}.safetensors") for name in names]
     return {key.removeprefix("unet.") for lora in loras for key in lora if key.startswith("unet.")}
+
+
+def test_a_dora_that_is_read_while_merged_weights_are_in_place(tmp_path):
+    """Its update depends on the base's own weights, not on those that another thread draws with meanwhile."""
+    pipe = tiny.sd15()
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = pipe.unet.get_submodule(path.removeprefix("unet.")).weight
+    part = tiny.lora_for(pipe)[path]
+    layer = f"{path}.lora_"
+    tensors = {f"{layer}A.weight": part.down, f"{layer}B.weight": part.up}
+    tensors[f"{layer}magnitude_vector"] = (1.5 * weight.norm(dim=1)).contiguous()
+    save_file(tensors, tmp_path / "dora.safetensors")
+    wanted = files.load(tmp_path / "dora.safetensors", base=pipe)[path].delta()
+    library = Library(tmp_path, pipe, limit_bytes=10**7)
+    with composing(pipe, [tiny.lora_for(pipe, strength=3.0)], form="rebuilt"):
+        got = []
+
+        def read(*_):
+            assert weight.data_ptr() != own
+            assert library.prefetch("dora").result(WAIT)
+            with library.using(["dora"]) as loras:
+                got.append(loras["dora"][path].delta())
+
+        own = weight.data_ptr()
+        scene.draw(pipe, steps=1, callback_on_step_end=lambda pipe, i, t, tensors: read() or tensors)
+    assert weight.data_ptr() == own
+    assert torch.equal(got[0], wanted)
+    assert wanted.norm() > 0.1
