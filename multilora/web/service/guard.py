@@ -149,7 +149,8 @@ class Guard:
         if path == "/upload":
             if size is None or size > self.limits.upload_bytes + BODY_BYTES:
                 return (413, f"An upload may have {self.limits.upload_bytes:,} bytes."), receive
-            if self._over(self._uploads, owner or host, size, self.limits.hour_bytes, 3600.0):
+            who = owner if owner.startswith("user:") else host  # a visitor's cookie is made anew at will
+            if self._over(self._uploads, who, size, self.limits.hour_bytes, 3600.0):
                 return (429, f"Only {self.limits.hour_bytes:,} bytes may be uploaded within an hour."), receive
             return None, receive
         body, whole = b"", False
