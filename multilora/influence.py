@@ -56,7 +56,7 @@ def influence(cards: Sequence[Any], text: Any, *, by: str, floor: float = FLOOR)
     Warns once where a LoRA gets the mean of the others.
     """
     prompts = list(getattr(text, "prompts", ()) or ())
-    found = [present(card.triggers, prompts) for card in cards]
+    found = [present(card.triggers if card else (), prompts) for card in cards]
     values: list[float | None] = [None] * len(cards)
     if any(found) and len(cards) > 1:
         whole = _vectors(text.encoded(lambda prompt: prompt))
@@ -72,7 +72,7 @@ def influence(cards: Sequence[Any], text: Any, *, by: str, floor: float = FLOOR)
     known = [v for v in values if v is not None]
     mean = math.fsum(known) / len(known) if known else 1.0
     if len(known) < len(cards) and len(cards) > 1:
-        lost = [card.name or f"number {i + 1}" for i, card in enumerate(cards) if values[i] is None]
+        lost = [(card and card.name) or f"number {i + 1}" for i, card in enumerate(cards) if values[i] is None]
         why = "no trigger words in the prompt" if prompts else "the prompt's words are not known"
         warnings.warn(f"LoRA {', '.join(lost)}: {why}; given the mean influence of the others", stacklevel=2)
     values = [mean if v is None else v for v in values]
