@@ -20,7 +20,7 @@ from tests import tiny, tiny_more, tiny_tasks
 
 DOCS = Path(__file__).parents[1] / "docs"
 FAMILIES = sorted(p.stem for p in (DOCS / "families").glob("*.md"))
-ELSEWHERE = {"merging": "tests/test_guide.py"}
+ELSEWHERE = {"merging": "tests/test_guide.py", "guider": "tests/test_guider_guide.py"}
 OTHERS = sorted(
     p.stem for p in DOCS.glob("*.md") if p.stem not in ELSEWHERE and re.search(r"^```python$", p.read_text(), re.M)
 )

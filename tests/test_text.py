@@ -239,8 +239,8 @@ def test_switch_equals_a_hand_loop(form):
     fed = said
     for n in range(12):
         with torch.no_grad():
-            out = alone[n // 2 % 2](fed, cache=cache, use_cache=True)
-        cache, fed = out.cache, out.logits[:, -1].argmax(-1, keepdim=True)
+            out = alone[n // 2 % 2](fed, past_key_values=cache, use_cache=True)
+        cache, fed = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
         said = torch.cat([said, fed], 1)
     with composing_text(model, sets, "switch", weights=WEIGHTS[:2], form=form, every=2):
         assert torch.equal(say(model, inputs), said)
@@ -292,7 +292,7 @@ def test_a_conversation_goes_on_with_its_cache():
         whole = say(model, inputs, max_new_tokens=11)
         first = say(model, inputs, max_new_tokens=5, return_dict_in_generate=True)
         mask = torch.ones_like(first.sequences)
-        more = {"input_ids": first.sequences, "attention_mask": mask, "cache": first.cache}
+        more = {"input_ids": first.sequences, "attention_mask": mask, "past_key_values": first.past_key_values}
         assert torch.equal(say(model, more, max_new_tokens=6), whole)
 
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import threading
+import time
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_a_streamer_of_transformers_in_a_block():
 
 def test_leaving_a_stream_stops_the_model():
     it, seen = composer(), []
-    hook = it.model.model.norm.register_forward_hook(lambda *_: seen.append(1))
+    hook = it.model.model.norm.register_forward_hook(lambda *_: seen.append(1) or time.sleep(0.002))
     before = state(it.model)
     stream = it.stream("a b c d", **{**MORE, "max_new_tokens": 2000})
     next(stream)
@@ -312,12 +313,12 @@ def test_unknown_names_are_unknown_names():
 
 def test_what_several_passes_cannot_take():
     model, sets, inputs = tiny_text.model("llama"), tiny_text.loras("llama", 2), prompts("llama", padded=False)
-    filled = model(inputs["input_ids"], use_cache=True).cache
+    filled = model(inputs["input_ids"], use_cache=True).past_key_values
     with composing_text(model, sets, "composite"):
         with pytest.raises(ValueError, match="labels: composite averages 2 passes"):
             model(**inputs, labels=inputs["input_ids"])
         with pytest.raises(ValueError, match="filled elsewhere"):
-            model(inputs["input_ids"][:, :1], cache=filled)
+            model(inputs["input_ids"][:, :1], past_key_values=filled)
     with (
         composing_text(model, sets, weights=[[1.0, 0.0], [0.0, 1.0]]),
         pytest.raises(ValueError, match=r"2 rows.* has 3"),

@@ -54,7 +54,7 @@ def turns(shares: list[float], moment: Moment, every: int, tail: float) -> list[
             f"weighted_switch needs at least one step per LoRA: {steps} steps for {k} LoRAs. Use more steps, or "
             "method 'weighted_composite', which runs every LoRA at every step."
         )
-    character = next((i for i, card in enumerate(moment.cards) if card.category == "character"), None)
+    character = next((i for i, card in enumerate(moment.cards) if card and card.category == "character"), None)
     last = 0 if character is None else min(round(tail * steps), steps - k)
     for stay in range(every, 0, -1):
         lengths = [max(1, round(stay * share / max(shares))) for share in shares]
