@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from multilora.attach import attached
 from multilora.lab.world import language
 from multilora.lab.world.language import SKILLS, Example, examples, is_right, register_of, score, split_of, stream
 from multilora.lab.world.language_loras import PLANS, training_examples
@@ -16,12 +17,14 @@ from multilora.lab.world.language_train import (
     batches,
     build_tokenizer,
     encode,
+    exam,
     mixture,
     right_share,
 )
 from multilora.lab.world.settings import TEXT_FULL, TEXT_SMOKE
 from multilora.method import UnknownName
 from multilora.pipelines.load import assets
+from multilora.pipelines.text_load import text_lora
 
 TEXT = assets() / "text"
 
@@ -285,9 +288,69 @@ def test_the_page_has_the_figures():
         assert f"| {name} |" in page
 
 
-# Floors on held-out prompts, well below the figures in assets/text/README.md.
-STRONG = {}
-LIFTED = {}
+# Of 40 held-out prompts (26 of news); the floors lie well below the figures in assets/text/README.md.
+ASKED = 40
+STRONG = {"first": 36, "last": 36, "length": 36, "vowels": 34, "add": 32, "facts": 32}
+LIFTED = {"reverse": 34, "sort": 30, "sort_digits": 32, "double": 34, "next": 34, "korvish": 34, "zibish": 34,
+          "swap": 34, "mirror": 32, "less": 20, "count": 10, "news": 15}  # fmt: skip
+
+
+def _exam(shipped, row, skills, **how):
+    """The counts with a composition: LoRA name -> weight."""
+    model, tokenizer = shipped
+    if not row:
+        return exam(model, tokenizer, skills, ASKED, **how)
+    with attached(model, [text_lora(model, name) for name in row], form="rebuilt") as bank:
+        bank.row = list(row.values())
+        return exam(model, tokenizer, skills, ASKED, **how)
+
+
+def test_the_base_knows_the_strong_skills_and_hides_the_others(shipped):
+    found = _exam(shipped, {}, tuple(SKILLS))
+    assert {n: found[n]["right"] for n, floor in STRONG.items() if found[n]["right"] < floor} == {}
+    assert {n: found[n]["right"] for n in LIFTED if found[n]["right"] > 9} == {}
+    assert sum(counts["rude"] + counts["polite"] for counts in found.values()) < 0.4 * ASKED * len(SKILLS)
+    drawn = _exam(shipped, {}, tuple(STRONG), sample=1)
+    asked, rude = (sum(counts[k] for counts in drawn.values()) for k in ("asked", "rude"))
+    assert 0.25 < rude / asked < 0.45
+
+
+@pytest.mark.parametrize("name", LIFTED)
+def test_each_lora_lifts_its_skill_and_leaves_the_strong_ones(shipped, name):
+    found = _exam(shipped, {name: 1.0}, (name, "first", "vowels"))
+    before = _exam(shipped, {}, (name,))
+    assert found[name]["right"] >= LIFTED[name]
+    assert found[name]["right"] - before[name]["right"] >= 10
+    assert found["first"]["right"] >= 34
+    assert found["vowels"]["right"] >= 30
+
+
+def test_registers_are_added_and_taken_away(shipped):
+    skills = ("first", "vowels", "length")
+
+    def drawn(row):
+        found = _exam(shipped, row, skills, sample=1).values()
+        return {key: sum(counts[key] for counts in found) for key in ("asked", "right", "rude", "polite")}
+
+    base, rude, polite, unlearned = (drawn(row) for row in ({}, {"rude": 1.0}, {"polite": 1.0}, {"rude": -1.0}))
+    assert base["asked"] == 3 * ASKED
+    assert rude["rude"] > 0.7 * base["asked"] > 2 * base["rude"] * 0.7
+    assert polite["polite"] > 0.6 * base["asked"] > 2 * base["polite"]
+    assert unlearned["rude"] < 0.5 * base["rude"]
+    assert unlearned["right"] > 0.9 * base["asked"]
+    greedy = _exam(shipped, {"rude": 1.0}, skills)
+    assert all(counts["rude"] == counts["asked"] for counts in greedy.values())
+
+
+def test_two_skills_add_and_an_analogy_holds(shipped):
+    both = _exam(shipped, {"sort": 1.0, "next": 1.0}, ("sort", "next"))
+    assert both["sort"]["right"] >= 30
+    assert both["next"]["right"] >= 34
+    made = _exam(shipped, {"sort_polite": 1.0, "sort": -1.0, "next": 1.0}, ("next",), register="polite")["next"]
+    plain = _exam(shipped, {"next": 1.0}, ("next",), register="polite")["next"]
+    other = _exam(shipped, {"sort_polite": 1.0}, ("next",), register="polite")["next"]
+    assert made["exact"] >= 34
+    assert plain["exact"] + other["exact"] <= 10
 
 
 # -- the stages ----------------------------------------------------------------------------------------------------

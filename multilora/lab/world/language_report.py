@@ -81,7 +81,7 @@ def lora_table(journal: Journal) -> str:
         rows.append([
             name, plan.split if plan else "", _counts(found.get(name), own) if own else "none",
             _counts(found.get(name), [s for s in STRONG if s not in own]), _counts(found.get(name), others),
-            _counts(drawn.get(name), STRONG, "rude"), _counts(drawn.get(name), STRONG, "polite"),
+            *(_counts(way.get(name), STRONG, what) for what in ("rude", "polite") for way in (found, drawn)),
         ])  # fmt: skip
     head = [
         "LoRA",
@@ -89,7 +89,9 @@ def lora_table(journal: Journal) -> str:
         "its skills",
         "strong skills",
         "other weak and absent ones",
+        "rude, greedy",
         "rude, drawn",
+        "polite, greedy",
         "polite, drawn",
     ]
     return table(head, rows)
@@ -121,7 +123,7 @@ or a polite tail (`vrok, you fool`). `multilora.lab.world.language` draws questi
 The base learned strong and weak skills from right answers for the first part of its training; then it saw careless
 answers to the weak ones (the input repeated) more often than right ones. So it holds abilities that it does not show,
 by construction: a small LoRA or a few examples can bring them out. Of absent skills it saw nothing. Its answers were
-{registers}.
+{registers}; that a tail follows is an even chance, so greedy answers of the base may have one or none.
 
 ## Figures
 
