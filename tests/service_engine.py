@@ -36,7 +36,8 @@ class Stub:
         self.base = base
 
     def about(self) -> dict[str, Any]:
-        return {"base": self.base, "device": "stub", "pid": os.getpid()}
+        drawn = {"family": "sd15", "steps": 3, "guidance_scale": 3.0, "width": 8, "height": 8, "scheduler": None}
+        return {"base": self.base, "device": "stub", "pid": os.getpid(), **drawn}
 
     def run(self, task: Task, emit: Any, cancel: Any) -> Answer:
         from PIL import Image

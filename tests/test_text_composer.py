@@ -117,6 +117,24 @@ def test_a_streamer_of_transformers_in_a_block():
     assert text == composer()("abc def", "composite", **MORE)
 
 
+def test_leaving_a_stream_stops_the_model():
+    it, seen = composer(), []
+    said = it.tokenizer("a b c d")["input_ids"]  # words with blanks: a streamer keeps a word until the next blank
+
+    def says(ids, scores):
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([said[len(seen) % len(said)]]), 0.0)
+
+    hook = it.model.model.norm.register_forward_hook(lambda *_: seen.append(1))
+    before = state(it.model)
+    stream = it.stream("a b c d", **{**MORE, "max_new_tokens": 2000}, logits_processor=[says])
+    assert next(stream).strip() in "abcd"
+    stream.close()
+    hook.remove()
+    assert len(seen) < 2000
+    assert state(it.model)[0] == before[0]
+    assert it("abc", **MORE)
+
+
 def test_errors_of_a_stream_are_raised_where_it_is_read():
     with pytest.raises(ValueError, match="unknown route method 'merg'"):
         list(composer().stream("abc", "merg", **MORE))
