@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from multilora import files
-from multilora.cli import main
 from multilora.recipe import Recipe
 from tests import tiny, tiny_tasks
+from tests.test_cli import call
 from tests.tiny_tasks import mask, picture
 
 
@@ -34,14 +34,6 @@ def _here(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def call(capsys, *words):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main([str(w) for w in words])
-    said = capsys.readouterr()
-    return exit_.value.code or 0, said.out, said.err
 
 
 def compose(capsys, world, *words):
