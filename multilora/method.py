@@ -86,7 +86,8 @@ class Option:
         return value
 
 
-def _options(fn: Callable) -> tuple[Option, ...]:
+def options_of(fn: Callable) -> tuple[Option, ...]:
+    """The keyword-only arguments of a function as options, read off its annotations."""
     hints = typing.get_type_hints(fn, include_extras=True)
     found = []
     for p in inspect.signature(fn).parameters.values():
@@ -158,7 +159,7 @@ def method(*, title: str, paper: str, cost: str, laws: tuple[str, ...] = ()) -> 
         for law in laws:
             if law not in LAWS:
                 raise unknown(f"law of method {fn.__name__}", law, LAWS)
-        return Method(fn.__name__, kind, title, paper, cost, tuple(laws), _options(fn), fn)
+        return Method(fn.__name__, kind, title, paper, cost, tuple(laws), options_of(fn), fn)
 
     return wrap
 
