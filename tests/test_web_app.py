@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multilora.web.app import drawn, page
+from multilora.web.app import build
+from multilora.web.compose import drawn
 from multilora.web.service import Limits, Service
 
 
@@ -60,7 +61,7 @@ def test_leaving_a_drawing_cancels_it(service, tmp_path):
 
 
 def test_the_page_has_one_named_endpoint(service):
-    named = [f.api_name for f in page(service).fns.values() if f.api_name and f.api_visibility == "public"]
+    named = [f.api_name for f in build(service).fns.values() if f.api_name and f.api_visibility == "public"]
     assert named == ["compose"]
 
 

@@ -1,96 +1,37 @@
-"""The web app on a service: one page for now, which composes; `multilora app` and `python app.py` serve it."""
+"""The web app's shell: pages in tabs, theme and launch; `multilora app` and `python app.py` serve it.
+
+A page is a module of this folder with `page(shell)`, which builds its blocks, and a line in PAGES.
+"""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator, Sequence
+import importlib
 from typing import Any
 
 import gradio as gr
 
-from multilora.method import methods
-from multilora.recipe import LoraUse, Recipe
-from multilora.web.service import Compose, Entry, Service, Session
+from multilora.web.service import Service
+from multilora.web.shell import Shell
+
+# id of the tab (also of a link: `?page=compose`), its title, the module
+PAGES = (("compose", "Compose", "multilora.web.compose"),)
 
 
-def launch(service: Service, **options: Any) -> None:
-    """Serve the page until the process is interrupted; options are gradio's `launch`'s."""
-    app = page(service)
-    app.queue(default_concurrency_limit=service.limits.waiting + len(service.workers))
-    app.launch(**options)
-
-
-def page(service: Service) -> gr.Blocks:
-    """The page, built from the library and the method records."""
-    choices = [(f"{name.replace('_', ' ')}: {record.title}", name) for name, record in methods("route").items()]
-
-    def compose(
-        prompt: str, names: list[str], method: str, weight: float, seed: float, request: gr.Request
-    ) -> Iterator[tuple[Any, str]]:
-        """Draw the prompt with these LoRAs; yields previews, then the picture and its settings as text."""
-        yield from drawn(service, session_of(service, request), prompt, names, method, weight, int(seed))
-
+def build(service: Service) -> gr.Blocks:
+    """The app with every page on this service."""
     with gr.Blocks(title="multilora", analytics_enabled=False) as app:
         gr.Markdown("# multilora\nSeveral LoRAs in one picture.")
-        with gr.Row():
-            with gr.Column():
-                prompt = gr.Textbox(label="Prompt, with the triggers of the LoRAs", lines=2)
-                loras = gr.Dropdown(_listed(service.library(service.session("page"))), label="LoRAs", multiselect=True)
-                method = gr.Dropdown(choices, value="merge", label="Method")
-                weight = gr.Slider(0, 2, 1, step=0.05, label="Weight of each LoRA")
-                seed = gr.Number(7, label="Seed", precision=0, minimum=0)
-                button = gr.Button("Draw", variant="primary")
-                stop = gr.Button("Stop")
-            with gr.Column():
-                picture = gr.Image(label="Picture", format="png")
-                settings = gr.Textbox(label="Settings", lines=3)
-        running = button.click(compose, [prompt, loras, method, weight, seed], [picture, settings], api_name="compose")
-        stop.click(None, cancels=[running])  # closes the generator, which cancels the job
+        library = gr.State("")
+        with gr.Tabs(selected=PAGES[0][0]) as tabs:
+            shell = Shell(service, app, tabs, library)
+            for name, title, module in PAGES:
+                with gr.Tab(title, id=name):
+                    importlib.import_module(module).page(shell)
     return app
 
 
-def session_of(service: Service, request: gr.Request) -> Session:
-    """The session of the user, or of this browser's cookie, by the names of service.guard; else one for the call."""
-    if request.username:
-        return service.session(f"user:{request.username}")
-    cookie = request.cookies.get("multilora-visitor", "")
-    return service.session(f"visitor:{cookie or secrets.token_urlsafe(24)}")
-
-
-def drawn(
-    service: Service, session: Session, prompt: str, names: Sequence[str], method: str, weight: float, seed: int
-) -> Iterator[tuple[Any, str]]:
-    """(picture or None, text) as the job goes on. `names` are references of the library.
-
-    Raises gradio's Error, in words, for what is refused or fails.
-    """
-    try:
-        facts = service.about()
-        uses = [LoraUse(name=service.entry(session, n).name, reference=n, weight=weight) for n in names or []]
-        recipe = Recipe(
-            prompt=prompt, base=facts["base"], base_family=facts["family"], loras=uses, method=method, seed=seed,
-            steps=facts["steps"], guidance_scale=facts["guidance_scale"], width=facts["width"],
-            height=facts["height"], scheduler=facts["scheduler"],
-        )  # fmt: skip
-        job = service.submit(Compose(recipe=recipe), session)
-    except ValueError as error:  # Refused and pydantic's are ValueErrors
-        raise gr.Error(str(error)) from None
-    image = None
-    for event in job.events():
-        if event.kind == "queued":
-            yield image, f"waiting, {event.position} before you"
-        elif event.kind == "progress":
-            yield image, f"step {event.step} of {event.steps}"
-        elif event.kind == "preview":
-            image = event.image
-        elif event.kind == "error":
-            raise gr.Error(event.message)
-    if job.last.kind == "cancelled":
-        yield image, "cancelled"
-        return
-    made = job.result().pictures[0]
-    yield made.image, made.recipe.parameters()
-
-
-def _listed(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    return [(f"{e.name} ({e.category}): write '{e.trigger}'" if e.trigger else e.name, e.reference) for e in entries]
+def launch(service: Service, **options: Any) -> None:
+    """Serve the app until the process is interrupted; options are gradio's `launch`'s."""
+    app = build(service)
+    app.queue(default_concurrency_limit=service.limits.waiting + len(service.workers))
+    app.launch(**options)
