@@ -62,3 +62,27 @@ def routed_embedding(ids: Tensor, down: Tensor, up: Tensor, row: Tensor, ranks: 
     for down_i, up_i, weight in _per_lora(down, up, row, ranks):
         y = y + _over(weight.to(up.dtype), y, -1) * (up_i @ down_i).T[ids]
     return y
+
+
+def routed_segments(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """x[s] @ (up[s] @ down[s]).T for each segment s; arguments as `routed_segments` there."""
+    runs = x.chunk(down.shape[0])
+    return torch.cat([run @ (up_i @ down_i).T for run, down_i, up_i in zip(runs, down, up, strict=True)])
+
+
+def routed_by_index(x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """sum_j weight[.., j] * (up @ down)[index[.., j]] @ x, index -1 adding nothing; arguments as there."""
+    delta, weight = up @ down, weight.to(x.dtype) * (index >= 0)
+    return torch.einsum("...j,...joi,...i->...o", weight, delta[index.clamp(min=0)], x)
+
+
+def rebuild(base: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
+    """base + (up * scale) @ down, summed in float64; one weight of `rebuild_` there."""
+    delta = (up.double() * scale.double()) @ down.flatten(1).double()
+    return (base.double() + delta.view(base.shape)).to(base.dtype)
+
+
+def guided_mean(outputs: Tensor, mix: Tensor, scale: float) -> Tensor:
+    """m[0] + scale * (m[1] - m[0]) of the mean m = sum_i mix[i] * outputs[i]; arguments as there."""
+    mean = sum(share.double() * output.double() for share, output in zip(mix, outputs, strict=True))
+    return (mean[0] + scale * (mean[1] - mean[0])).to(outputs.dtype)

@@ -1,9 +1,9 @@
 """The adapted layer, fast: the one public face of the kernels.
 
-`routed*` compute what several LoRAs add to a layer, for any row (one for all, per sample, per token), and are
-differentiable in every argument. `add_folded*` add it to the layer's output with the row already folded into the
-factors: two matmuls and nothing else, which is what repeated calls with one row use. Every other module calls these
-functions; which code runs them is decided here. `reference.py` holds the definition.
+`routed*` compute what several LoRAs add to a layer: for any row (one for all, per sample, per token), for equal runs
+of samples with factors of their own, or for experts picked by index. They are differentiable in every float argument.
+`add_*` add the same to a layer's output, in place where said and then without gradients. Every other module calls
+these functions; which code runs them is decided here. `reference.py` holds the definitions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multilora.kernels import reference
+from multilora.kernels import plain, reference
 
 IMPLEMENTATIONS = ("torch", "reference")
 
@@ -122,6 +122,95 @@ def routed_conv(
     return conv(h, up.reshape(*up.shape, *ones), None, 1, 0, 1, groups)
 
 
+def routed_segments(x: Tensor, down: Tensor, up: Tensor, *, implementation: str = "torch") -> Tensor:
+    """What LoRAs add to a linear layer where equal runs of samples have one each (a batched Composite).
+
+    Semantics: ((x.view(g, -1, in) @ down.mT) @ up.mT).view(*x.shape[:-1], out)
+
+    x       [g * n, ..., in]   float; segment s is samples s * n to (s + 1) * n
+    down    [g, r, in]         dtype of x
+    up      [g, out, r]        dtype of x, scale and weight already inside
+    returns [g * n, ..., out]
+
+    Raises ValueError when shapes disagree.
+    """
+    g = down.shape[0]
+    if down.ndim != 3 or up.ndim != 3 or up.shape[0] != g or up.shape[2] != down.shape[1]:
+        raise ValueError(
+            f"routed_segments: wanted down [g, r, in] and up [g, out, r], got {list(down.shape)} and {list(up.shape)}"
+        )
+    if x.ndim < 2 or x.shape[-1] != down.shape[2] or x.shape[0] % g:
+        raise ValueError(
+            f"routed_segments: x {list(x.shape)} does not fall into {g} equal segments of width {down.shape[2]}"
+        )
+    if _pick(implementation) == "reference":
+        return reference.routed_segments(x, down, up)
+    h = torch.bmm(x.reshape(g, -1, x.shape[-1]), down.mT)
+    return torch.bmm(h, up.mT).view(*x.shape[:-1], up.shape[1])
+
+
+def _check_index(name: str, x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor) -> None:
+    if down.ndim != 3 or up.ndim != 3 or up.shape[0] != down.shape[0] or up.shape[2] != down.shape[1]:
+        raise ValueError(
+            f"{name}: wanted down [E, r, in] and up [E, out, r], got {list(down.shape)}, {list(up.shape)}"
+        )
+    if x.shape[-1] != down.shape[2]:
+        raise ValueError(f"{name}: x {list(x.shape)} has another width than down {list(down.shape)}")
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"{name}: index is {index.dtype}, wanted whole numbers, -1 for none")
+    if weight.shape != index.shape or index.shape[:-1] not in (x.shape[:-1], torch.Size([])):
+        raise ValueError(
+            f"{name}: index {list(index.shape)} and weight {list(weight.shape)} for x {list(x.shape)}; wanted both "
+            f"[j], one route for all, or {list(x.shape[:-1])} + [j]"
+        )
+
+
+def routed_by_index(
+    x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor, *, implementation: str = "torch"
+) -> Tensor:
+    """What the experts that each token picks add to a linear layer.
+
+    Semantics: einsum("...j,...joi,...i->...o", weight * (index >= 0), (up @ down)[index.clamp(0)], x)
+
+    x       [..., in]      float
+    down    [E, r, in]     dtype of x; ranks filled up with zeros where they differ
+    up      [E, out, r]    dtype of x, the scale inside; any strides. Contiguous as [E, r, out] (up.mT) reads best
+    index   [..., j] or [j] for all tokens   whole numbers below E; -1 picks nothing; an expert may come twice
+    weight  like index     float, factor of each pick
+    returns [..., out]
+
+    Gradients in x, down, up and weight. No host synchronisation; indices of E and more are not looked for.
+    Raises ValueError when shapes disagree.
+    """
+    _check_index("routed_by_index", x, down, up, index, weight)
+    if _pick(implementation) == "reference":
+        return reference.routed_by_index(x, down, up, index, weight)
+    return plain.by_index(x, down, up, index, weight)
+
+
+def add_by_index_(
+    y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor, *, implementation: str = "torch"
+) -> Tensor:
+    """y plus what the picked experts add, written into y; for inference, where no gradient is wanted.
+
+    Semantics: y.add_(routed_by_index(x, down, up, index, weight))
+
+    y       [..., out]  contiguous; the rest as `routed_by_index`
+    returns y
+
+    On the CPU one route for all tokens reads the picked experts alone, where they lie. Raises ValueError when shapes
+    disagree.
+    """
+    _check_index("add_by_index_", x, down, up, index, weight)
+    if y.shape != (*x.shape[:-1], up.shape[1]) or not y.is_contiguous():
+        raise ValueError(
+            f"add_by_index_: y {list(y.shape)}, wanted contiguous {[*x.shape[:-1], up.shape[1]]} for x {list(x.shape)}"
+        )
+    if _pick(implementation) == "reference":
+        return y.add_(reference.routed_by_index(x, down, up, index, weight))
+    return plain.add_by_index_(y, x, down, up, index, weight)
+
+
 def routed_embedding(
     ids: Tensor, down: Tensor, up: Tensor, row: Tensor, ranks: Sequence[int], *, implementation: str = "torch"
 ) -> Tensor:
@@ -201,3 +290,67 @@ def add_folded_conv(
     conv = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     delta = conv(conv(x, down, None, stride, padding, dilation, groups), up, None, 1, 0, 1, groups)
     return y.add_(delta, alpha=alpha) if inplace else torch.add(y, delta, alpha=alpha)
+
+
+def rebuild_(
+    outs: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    *,
+    implementation: str = "torch",
+) -> None:
+    """Many layers' merged weights from their pristine ones, written into `outs`; no gradients.
+
+    Semantics, for each layer: out.copy_(base + ((up * scale) @ down.flatten(1)).view_as(base))
+
+    outs    [out, in, *kernel]  contiguous, dtype and shape of its base, memory of its own
+    bases   [out, in, *kernel]  float
+    downs   [R, in, *kernel]    float; all LoRAs' stacked
+    ups     [out, R]            float
+    scales  [R]                 the row, an entry per rank: row.repeat_interleave(ranks)
+
+    Summed in float32, or float64 where the base is; rounded once. Raises ValueError when shapes disagree.
+    """
+    if not len(outs) == len(bases) == len(downs) == len(ups) == len(scales):
+        raise ValueError(f"rebuild_: {len(outs)} outs for {len(bases)} bases, {len(downs)} downs, {len(ups)} ups and "
+                         f"{len(scales)} scales; wanted one of each per layer")  # fmt: skip
+    for i, (out, base, down, up, scale) in enumerate(zip(outs, bases, downs, ups, scales, strict=True)):
+        rank = down.shape[0]
+        if out.shape != base.shape or out.dtype != base.dtype or not out.is_contiguous():
+            raise ValueError(
+                f"rebuild_: out {i} is {out.dtype} {list(out.shape)}, wanted {base.dtype} {list(base.shape)} without "
+                f"gaps"
+            )
+        if down.shape[1:] != base.shape[1:] or up.shape != (base.shape[0], rank) or scale.shape != (rank,):
+            raise ValueError(
+                f"rebuild_: layer {i} of shape {list(base.shape)} got down {list(down.shape)}, up {list(up.shape)} "
+                f"and scale {list(scale.shape)}; wanted [R, in, *kernel], [out, R] and [R]"
+            )
+    if _pick(implementation) == "reference":
+        for out, *arguments in zip(outs, bases, downs, ups, scales, strict=True):
+            out.copy_(reference.rebuild(*arguments))
+        return
+    plain.rebuild_(outs, bases, downs, ups, scales)
+
+
+def guided_mean(outputs: Tensor, mix: Tensor, scale: float, *, implementation: str = "torch") -> Tensor:
+    """The guided prediction of several passes: classifier-free guidance of their weighted mean.
+
+    Semantics: m = einsum("k,k...->...", mix, outputs); m[0] + scale * (m[1] - m[0])
+
+    outputs [k, 2, ...]  float; without and with the prompt, in this order
+    mix     [k]          the passes' shares
+    scale   guidance scale
+    returns [...]        dtype of outputs; summed in float32, or float64 where outputs are
+
+    Guidance is linear, so this equals the mean of the passes' guided predictions. Raises ValueError for other shapes.
+    """
+    if outputs.ndim < 2 or outputs.shape[1] != 2 or mix.shape != outputs.shape[:1]:
+        raise ValueError(
+            f"guided_mean: wanted outputs [k, 2, ...] and mix [k], got {list(outputs.shape)} and {list(mix.shape)}"
+        )
+    if _pick(implementation) == "reference":
+        return reference.guided_mean(outputs, mix, scale)
+    return plain.guided_mean(outputs, mix, scale)
