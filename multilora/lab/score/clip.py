@@ -1,4 +1,5 @@
-"""CLIP scores, text-image and image-image, through clip-anytorch: OpenAI's names, files, and the embedded scorer.
+"""CLIP scores, text-image and image-image: OpenAI's names and files through clip-anytorch, HF folders through
+transformers (clip_hf.py), and the embedded scorer.
 
 The embedded scorer is a small CLIP in OpenAI's layout, built by clip-anytorch's own `build_model` and fed by its own
 `clip.tokenize`. Its file keeps the token embedding's used rows only: every other token shares one row.
@@ -8,13 +9,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import PIL
 import torch
 from PIL import Image
+
+from multilora.lab.score.embed import Cached, Convention, Embedder, Similarity
+from multilora.lab.score.record import score
+from multilora.method import Opt
 
 VOCABULARY = 49408  # clip.tokenize's BPE
 SUFFIXES = (".pt", ".safetensors")
@@ -45,82 +50,78 @@ def expand(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A CLIP model with its preprocessing; `name` says both, as every reported number should."""
+class Clip(Embedder):
+    """A CLIP model of clip-anytorch with its preprocessing."""
 
     model: torch.nn.Module
     preprocess: Any
     name: str
+    library = "clip-anytorch"
 
     @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit vectors [n, d], float32 on the CPU. Texts beyond 77 tokens are cut."""
-        tokens = _clip().tokenize(list(texts), truncate=True).to(self.device)
-        return _unit(self.model.encode_text(tokens))
+    @property
+    def preprocessing(self) -> str:
+        import torchvision
 
-    @torch.no_grad()
-    def images(self, images: Sequence[Image.Image], batch: int = 64) -> torch.Tensor:
-        """Unit vectors [n, d], float32 on the CPU."""
-        inputs = [self.preprocess(image.convert("RGB")) for image in images]
-        parts = [torch.stack(inputs[i : i + batch]) for i in range(0, len(inputs), batch)]
-        return torch.cat([_unit(self.model.encode_image(part.to(self.device))) for part in parts])
+        size = self.model.visual.input_resolution
+        return f"clip._transform({size}), torchvision {torchvision.__version__}, pillow {PIL.__version__}"
 
-    def score(self, images: Sequence[Image.Image], texts: str | Sequence[str]) -> list[float]:
-        """CLIP score per picture, 100 max(cos, 0): one text for all pictures or one text each.
+    def _texts(self, texts: list[str]) -> torch.Tensor:
+        """Raw text features [n, d]; texts beyond the window (77 tokens) are cut."""
+        window = self.model.context_length
+        clip = _clip()
+        warn_cut(sum(len(clip.clip._tokenizer.encode(text)) + 2 > window for text in texts), len(texts), window)
+        return self.model.encode_text(clip.tokenize(texts, context_length=window, truncate=True).to(self.device))
 
-        Raises ValueError when the counts differ. The definition is https://arxiv.org/abs/2104.08718 with w = 1, as
-        torchmetrics prints it.
-        """
-        texts = [texts] * len(images) if isinstance(texts, str) else list(texts)
-        _same(len(images), len(texts), "texts")
-        return _cosines(self.images(images), self.texts(texts))
-
-    def image_score(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[float]:
-        """Image-image score per pair, 100 max(cos, 0). One reference serves all pictures."""
-        references = list(references) * len(images) if len(references) == 1 else list(references)
-        _same(len(images), len(references), "references")
-        return _cosines(self.images(images), self.images(references))
+    def _pictures(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.model.encode_image(torch.stack([self.preprocess(image) for image in images]).to(self.device))
 
 
-def _unit(features: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
-
-
-def _same(images: int, others: int, what: str) -> None:
-    if images != others:
-        raise ValueError(f"{images} pictures but {others} {what}: wanted one for all or one for each picture")
-
-
-def _cosines(a: torch.Tensor, b: torch.Tensor) -> list[float]:
-    return (100 * (a * b).sum(-1)).clamp(min=0).tolist()
+def warn_cut(cut: int, count: int, window: int) -> None:
+    """Say that texts were longer than a CLIP reads: their scores are those of their beginnings."""
+    if cut:
+        warnings.warn(
+            f"{cut} of {count} texts are longer than this CLIP's {window} tokens: their ends do not count",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 @functools.cache
-def load_clip(name: str = "embedded", device: str = "cpu") -> Clip:
-    """A scorer: "embedded", an OpenAI name ("ViT-B/32"), or the path of a .pt or .safetensors file in OpenAI's layout.
+def load_clip(name: str = "embedded", device: str = "cpu") -> Embedder:
+    """A scorer: "embedded", an OpenAI name ("ViT-B/32"), the path of a .pt or .safetensors file in OpenAI's layout, or
+    a folder of transformers' CLIPModel.
 
     Weights are float32. Raises ValueError for an unknown name (with the known ones) or a missing file.
     """
     clip = _clip()
-    path = Path(name)
+    path = Path(name).expanduser()
     if name == "embedded":
         from multilora.pipelines.load import assets
 
         path = assets() / "clip" / "model.safetensors"
+    if path.is_dir():
+        from multilora.lab.score.clip_hf import load_clip_hf
+
+        return load_clip_hf(path, device)
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise ValueError(f"CLIP scorer {name!r}: {path} is missing; the embedded one: multilora world train")
         model = built(path)
     elif name in clip.available_models() or (path.suffix == ".pt" and path.is_file()):
-        model = clip.load(name, device="cpu", jit=False)[0].float()
+        try:
+            model = clip.load(name if name in clip.available_models() else str(path), device="cpu", jit=False)[
+                0
+            ].float()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"CLIP scorer {name!r} could not be loaded: {error}") from error
     else:
         raise ValueError(
-            f"CLIP scorer {name!r}: wanted 'embedded', one of {', '.join(clip.available_models())}, or the path of "
-            f"an existing {' or '.join(SUFFIXES)} file"
+            f"CLIP scorer {name!r}: wanted 'embedded', one of {', '.join(clip.available_models())}, the path of an "
+            f"existing {' or '.join(SUFFIXES)} file, or a folder of transformers' CLIPModel"
         )
     size = model.visual.input_resolution
     preprocess = clip.clip._transform(size)
@@ -136,3 +137,41 @@ def built(path: Path) -> torch.nn.Module:
         return _clip().model.build_model(expand(load_file(path))).float()
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"CLIP scorer {path}: not a CLIP in OpenAI's layout ({error})") from error
+
+
+@functools.cache
+def shared(name: str, device: str, cache: str) -> Embedder:
+    """load_clip with its vectors kept, one per process: the scores of one model embed a picture once."""
+    return Cached(load_clip(name, device), cache)
+
+
+MODEL = Opt("'embedded', an OpenAI name such as ViT-B/32, a .pt or .safetensors file, or a folder of transformers")
+CONVENTION = Opt("torchmetrics: 100 max(cos, 0); cosine: 100 cos, which may be negative")
+DEVICE = Opt("where the model runs: cpu, cuda, mps")
+CACHE = Opt("a file that keeps what was computed, by picture hash; several runs may share it")
+
+
+@score(
+    title="CLIP score, picture and prompt", needs=("prompt",), unit="100 cos", paper="https://arxiv.org/abs/2104.08718"
+)
+def clip_text(
+    *,
+    model: Annotated[str, MODEL] = "embedded",
+    convention: Annotated[Convention, CONVENTION] = "torchmetrics",
+    device: Annotated[str, DEVICE] = "cpu",
+    cache: Annotated[str, CACHE] = "",
+) -> Similarity:
+    """How near each picture is to its prompt. It hardly follows what people prefer: show presence beside it."""
+    return Similarity(shared(model, device, cache), convention)
+
+
+@score(title="CLIP score, picture and reference", needs=("references",), unit="100 cos")
+def clip_image(
+    *,
+    model: Annotated[str, MODEL] = "embedded",
+    convention: Annotated[Convention, CONVENTION] = "torchmetrics",
+    device: Annotated[str, DEVICE] = "cpu",
+    cache: Annotated[str, CACHE] = "",
+) -> Similarity:
+    """How near each picture is to its reference pictures; of several the mean counts."""
+    return Similarity(shared(model, device, cache), convention)

@@ -74,7 +74,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A score with its options settled. The model is loaded at the first use, so `load()` shows early what is wrong."""
+    """A score with its options settled. The model is loaded at the first use; `load()` shows early what is wrong."""
 
     record: Score
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -177,7 +177,7 @@ def scores() -> dict[str, Score]:
         for record in vars(module).values():
             if isinstance(record, Score) and record.fn.__module__ == module.__name__:
                 if record.name in found:
-                    raise ValueError(f"two scores are named {record.name}: one is in multilora/lab/score/{info.name}.py")
+                    raise ValueError(f"two scores are named {record.name}, one of them in {module.__file__}")
                 found[record.name] = record
     return dict(sorted(found.items()))
 
