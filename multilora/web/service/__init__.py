@@ -21,17 +21,20 @@ from multilora.web.service.spec import (
     Compose,
     Event,
     Fisher,
+    Gram,
     Inspect,
     Merge,
     Output,
+    Overlap,
     Picture,
     Request,
     Result,
     Score,
     Share,
+    Text,
 )
 
 __all__ = [
-    "Base", "Compare", "Compose", "Entry", "Event", "Fisher", "Inspect", "Job", "Limits", "Merge", "Output",
-    "Picture", "Refused", "Request", "Result", "Score", "Service", "Session", "Share",
+    "Base", "Compare", "Compose", "Entry", "Event", "Fisher", "Gram", "Inspect", "Job", "Limits", "Merge", "Output",
+    "Overlap", "Picture", "Refused", "Request", "Result", "Score", "Service", "Session", "Share", "Text",
 ]  # fmt: skip

@@ -67,22 +67,29 @@ def score(engine: Any, call: Any) -> Result:
 
 @action("merge")
 def merge(engine: Any, call: Any) -> Result:
-    """Several LoRAs into one file; facts: ranks, energy kept, shares of the inputs, how they overlap."""
+    """Several LoRAs into one file; facts: ranks, energy kept, shares of the inputs."""
     import multilora
     from multilora.compare import energy_kept, shares_of
+    from multilora.elementwise import echoing
     from multilora.method import resolve
 
     r, places = call.request, call.task.places
     loras = [engine.lora(places[share.reference]) for share in r.loras]
-    call.emit(Event("progress", step=1, steps=3))
     bound = resolve("merge", r.method, **{name: _placed(value, places) for name, value in r.options.items()})
-    merged = multilora.merge(loras, [_weight(share.weight) for share in r.loras], method=bound)
+
+    def echo(key: str, done: int, of: int) -> None:
+        call.check_cancel()
+        call.emit(Event("progress", step=done, steps=of))
+
+    with echoing(echo):
+        merged = multilora.merge(loras, [_weight(share.weight) for share in r.loras], method=bound)
     call.check_cancel()
-    call.emit(Event("progress", step=2, steps=3))
-    whole, kept = merged, 1.0
+    before = merged.card.provenance
+    lost = before.get("energy_lost", (before.get("merge") or {}).get("energy_lost"))
+    whole, kept = merged, 1.0 if lost is None else 1.0 - lost
     if r.rank is not None or r.energy is not None:
         merged = whole.truncate(**{k: v for k, v in (("rank", r.rank), ("energy", r.energy)) if v is not None})
-        kept = energy_kept(whole, merged)[0]
+        kept *= energy_kept(whole, merged)[0]
     if not merged:
         raise ValueError("nothing is left of the merge: every weight is 0")
     if r.name:
@@ -93,7 +100,7 @@ def merge(engine: Any, call: Any) -> Result:
     facts = {
         "name": merged.card.name,
         "method": bound.record.name,
-        "options": {k: v for k, v in bound.options.items() if k != "fishers"},
+        "options": {k: v for k, v in bound.options.items() if k not in ("fishers", "grams")},
         "modules": len(merged),
         "ranks": ranks,
         "dense": sum(part.rank is None for part in merged.values()),
@@ -182,3 +189,6 @@ def fisher(engine: Any, call: Any) -> Result:
     )  # fmt: skip
     facts = {"tensors": len(found), **{k: v for k, v in found.about.items() if isinstance(v, (str, int, float))}}
     return Result(facts=facts, files=[Output(f"{lora.card.name or 'lora'}-fisher.safetensors", path)])
+
+
+from multilora.web.service import language, studies  # noqa: E402, F401 - they register their actions here

@@ -18,7 +18,7 @@ from multilora.web.service.jobs import Job, Line
 from multilora.web.service.limits import Limits, Refused, check
 from multilora.web.service.log import Log
 from multilora.web.service.sessions import Entry, Session, Sessions
-from multilora.web.service.spec import Base, Event, Request, Result
+from multilora.web.service.spec import Base, Event, Request, Result, Text
 from multilora.web.service.worker import Answer, Task, Worker, WorkerLost
 
 EMBEDDED = "embedded"
@@ -138,7 +138,7 @@ class Service:
         """Check a request and put it in line. Raises Refused: bad request, over a limit, or too many wait."""
         check(request, self.limits)
         bases = request.bases() - {"", *self.bases}
-        if bases and not (isinstance(request, Base) and self.open_bases):
+        if bases and not (isinstance(request, (Base, Text)) and self.open_bases):
             raise Refused(f"base {sorted(bases)[0]!r:.80} is not served here; served are: {', '.join(self.bases)}")
         places = {reference: self._place(session, reference) for reference in request.references()}
         number = next(self._numbers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from multilora.recipe import PICTURES
-from multilora.web.service.spec import Compare, Fisher, Merge, Request, Score, _Drawn
+from multilora.web.service.spec import Compare, Fisher, Gram, Merge, Overlap, Request, Score, Text, _Drawn
 
 
 class Refused(ValueError):
@@ -97,9 +97,11 @@ def check(request: Request, limits: Limits) -> None:
         most("number of pictures", len(request.images), limits.scored)
         most("length of the prompt", len(request.prompt), limits.prompt)
         sent = [(f"picture {i + 1}", data) for i, data in enumerate(request.images)]
-    if isinstance(request, Merge):
+    if isinstance(request, (Merge, Overlap, Text)):
         most("number of LoRAs", len(request.loras), limits.loras)
-    if isinstance(request, Fisher):
+    if isinstance(request, Text):
+        most("length of the prompt", len(request.prompt), limits.prompt)
+    if isinstance(request, (Fisher, Gram)):
         most("steps", request.steps, limits.steps)
     for name, data in sent:
         most(f"{name}: number of bytes", len(data), limits.picture_bytes)

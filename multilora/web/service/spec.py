@@ -148,6 +148,56 @@ class Fisher(_OnBase):
         return [self.reference]
 
 
+class Gram(_OnBase):
+    """Gram matrices of the inputs that a LoRA's layers see while it draws; its output serves merge `regmean`."""
+
+    action: ClassVar[str] = "gram"
+    reference: str
+    weight: Finite = 1.0
+    pictures: int = Field(default=4, ge=1, le=64)
+    steps: int = Field(default=10, ge=1, le=150)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def references(self) -> list[str]:
+        return [self.reference]
+
+
+class Overlap(_OnBase):
+    """How much LoRAs agree: the facts of `multilora compare --json`."""
+
+    action: ClassVar[str] = "overlap"
+    loras: tuple[str, ...] = Field(min_length=1)
+
+    def references(self) -> list[str]:
+        return list(self.loras)
+
+
+class Text(Request):
+    """What a language model answers, streamed as "text" events: facts["answers"], kind -> text.
+
+    model     "embedded", a folder or a hub id; anything but the first only where users may name bases
+    loras     of the embedded text library, by name
+    answers   kinds, in the order wanted: "base" (no LoRA), "loras" (composed by the method while it answers),
+              "merged" (made one LoRA by `merge` first)
+    tokens    new ones at most; temperature: 0 takes the likeliest token each time
+    """
+
+    action: ClassVar[str] = "text"
+    model: str = Field(default="embedded", max_length=400)
+    prompt: str = Field(min_length=1)
+    loras: tuple[Share, ...] = ()
+    method: str = "merge"
+    options: dict[str, Any] = Field(default_factory=dict)
+    merge: str = "linear"
+    answers: tuple[Literal["base", "loras", "merged"], ...] = Field(default=("base", "loras", "merged"), min_length=1)
+    tokens: int = Field(default=32, ge=1, le=1024)
+    temperature: Finite = Field(default=0.0, ge=0.0, le=10.0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def bases(self) -> set[str]:
+        return {"" if self.model == "embedded" else self.model}
+
+
 class Base(_OnBase):
     """Load a base model and say what it is (the facts of `service.about`)."""
 
@@ -196,8 +246,9 @@ class Event:
     """One message of a job.
 
     kind      "queued" (position: 0 is next), "progress" (step of steps; number of of), "preview" (image: PIL),
-              "picture" (picture: one of several is there), "note" (message), and one at the end: "done" (result),
-              "error" (message in words, code), "cancelled"
+              "picture" (picture: one of several is there), "text" (message: the next piece of answer `number` of
+              `of`), "note" (message), and one at the end: "done" (result), "error" (message in words, code),
+              "cancelled"
     code      of an error: "request" (what was asked), "memory", "nan", "worker", "timeout", "stopped"
     """
 

@@ -1,0 +1,41 @@
+"""Actions that look at LoRAs rather than draw: how much they agree, and what their layers see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from multilora.web.service.actions import action
+from multilora.web.service.spec import Event, Output, Result
+
+
+@action("overlap")
+def overlap(engine: Any, call: Any) -> Result:
+    """LoRAs side by side: multilora.compare.Comparison as facts."""
+    from multilora.compare import compare
+
+    places = call.task.places
+    return Result(facts=compare([engine.lora(places[name]) for name in call.request.loras]).as_dict())
+
+
+@action("gram")
+def gram(engine: Any, call: Any) -> Result:
+    """Gram matrices of the inputs of a LoRA's layers, gathered while it draws from its own triggers."""
+    from multilora.lab.train.gram import grams
+
+    r, path = call.request, Path(call.task.folder) / "grams.safetensors"
+    lora = engine.lora(call.task.places[r.reference])
+    composer = engine.composer()
+    composer.add(lora, name="lora", weight=r.weight)
+    prompts = lora.card.triggers or ("",)
+
+    def progress(step: int, steps: int, info: dict) -> None:
+        call.emit(Event("progress", step=number * steps + step, steps=r.pictures * steps))
+
+    with grams(engine.pipe, lora) as collected:
+        for number in range(r.pictures):
+            prompt = prompts[number % len(prompts)]
+            composer(prompt, seed=r.seed + number, num_inference_steps=r.steps, progress=progress, cancel=call.cancel)
+    collected.save(path, lora_sha256=lora.card.sha256, pictures=r.pictures, steps=r.steps, seed=r.seed)
+    facts = {"layers": len(collected), "pictures": r.pictures, "bytes": path.stat().st_size}
+    return Result(facts=facts, files=[Output(f"{lora.card.name or 'lora'}-grams.safetensors", path)])
