@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from multilora.compiled import Eager
 from multilora.lora import Lora
 from multilora.rebuilt import WIDE, Merged, Weight, mergeable, tied_parameters
+from multilora.routing import Asked
 from multilora.side import Branch, Row
 from multilora.sites import Site, nearest, quantised, sites_of
 from multilora.takeover import disabled, loaded
@@ -57,7 +58,8 @@ class _Hook:
         x = args[0] if args else next(iter(kwargs.values()))
         y = output[0] if isinstance(output, tuple) else output
         if gate is not None:
-            y = self.branch.tensor(x, y, gate(path, x))
+            row = gate.row(self.branch, x, y) if isinstance(gate, Asked) else gate(path, x)
+            y = self.branch.tensor(x, y, row)
         elif isinstance(row, Row):
             y = self.branch.numbers(x, y, row)
         else:
@@ -70,7 +72,8 @@ class Bank:
 
     row    [k] for all samples, [B, k] per sample, [B, T, k] per token; numbers, nested sequences or a tensor.
            B is the batch of the adapted modules' inputs. Zero (the base model) until set
-    gate   None, or a callable `gate(path, x) -> row tensor` that every adapted module asks instead of the row
+    gate   None, or a callable `gate(path, x) -> row tensor` that every adapted module asks instead of the row; an
+           Asked (multilora.routing) also sees what each LoRA alone would add there
     form   "side", "rebuilt" or "bank": what a [k] row uses
     paths  the adapted modules, in the model's order
     calls  path -> calls since `reset_calls()`

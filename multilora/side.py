@@ -166,14 +166,31 @@ class Branch:
         if any(f != 1.0 for f in site.factors):
             row = row * torch.tensor(site.factors, dtype=row.dtype, device=row.device)
         if stacked.down is not None:
-            y = y + self.low_rank(x, stacked, row).to(y.dtype)
+            y = y + self.low_rank(x, stacked.down, stacked.up, row, site.ranks).to(y.dtype)
         for i in range(len(site.parts)):
             if stacked.dense[i] is not None or stacked.bias[i] is not None:
                 y = self.extra(x, y, stacked.dense[i], stacked.bias[i], row[..., i])
         return y
 
-    def low_rank(self, x: Tensor, stacked: Stack, row: Tensor) -> Tensor:
-        down, up, ranks = stacked.down, stacked.up.T, self.site.ranks
+    def deltas(self, x: Tensor, y: Tensor) -> list[Tensor | None]:
+        """[k] what each LoRA alone adds at weight 1 to the output y, in its shape; None where it has no part."""
+        site, stacked, found, first = self.site, self.stacked(self.where(x, y)), [], 0
+        for part, rank, factor, *rest in zip(
+            site.parts, site.ranks, site.factors, stacked.dense, stacked.bias, strict=True
+        ):
+            own = torch.zeros_like(y) if part is not None else None
+            if rank:
+                mine = slice(first, first + rank)
+                one = torch.ones(1, dtype=x.dtype if x.is_floating_point() else y.dtype, device=y.device)
+                own = self.low_rank(x, stacked.down[mine], stacked.up[mine], one, (rank,)).to(y.dtype)
+                first += rank
+            if any(t is not None for t in rest):
+                own = self.extra(x, own, *rest, torch.ones((), dtype=y.dtype, device=y.device))
+            found.append(own if own is None or factor == 1.0 else own * factor)
+        return found
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor, row: Tensor, ranks: Sequence[int]) -> Tensor:
+        up = up.T
         if self.site.kind == "conv":
             x, geometry = self.geometry(x)
             return kernels.routed_conv(x, down, up, row, ranks, *geometry)
@@ -254,7 +271,7 @@ def _plan(site: Site, stacked: Stack, row: Row, where: Where) -> Step | None:
             steps.append((_linear if site.kind == "linear" else _conv)(site, down, up, layout.alpha))
         else:
             weights = torch.tensor(rows if row.per_sample else rows[0], dtype=dtype, device=device)
-            steps.append(lambda b, x, y: y + b.low_rank(x, stacked, weights).to(y.dtype))
+            steps.append(lambda b, x, y: y + b.low_rank(x, stacked.down, stacked.up, weights, site.ranks).to(y.dtype))
     for i, (dense, bias) in enumerate(zip(stacked.dense, stacked.bias, strict=True)):
         column = [r[i] for r in rows]
         if any(column) and (dense is not None or bias is not None):

@@ -24,6 +24,7 @@ from multilora.pipelines.families import TABLE
 from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.prompt import Encodings
 from multilora.plan import Moment, Pass, shares
+from multilora.routing import Asked
 
 
 class Cancelled(RuntimeError):
@@ -181,11 +182,12 @@ class Conductor:
 
     def _runs_of(self, p: Pass, moment: Moment, runs: list[_Run]) -> list[Any]:
         """Index of the pass's run without masked LoRAs, then (members' mask, index) for each distinct mask."""
-        if callable(p.row):
-            if any(m.mask is not None for m in self.members):
-                raise ValueError(f"masks need a method with plain rows; {self.bound.record.name} uses a gate")
+        gate = p.row if isinstance(p.row, Asked) else None
+        if callable(p.row) and gate is None:
+            if any(m.mask is not None or m.positive_only for m in self.members):
+                raise ValueError(f"mask and positive_only need rows of weights; {self.bound.record.name} has a gate")
             return [_index(runs, _Run(p.row, self._text(p, moment.weights, moment)))]
-        row = tuple(float(v) for v in p.row)
+        row = tuple(float(v) for v in (gate.reach(moment.weights) if gate else p.row))
         if len(row) != len(self.members):
             raise ValueError(
                 f"method {self.bound.record.name}: a pass's row has {len(row)} entries for {len(self.members)} LoRAs"
@@ -196,11 +198,10 @@ class Conductor:
                 groups.setdefault(self._same_mask(i), []).append(i)
         masked = {i for group in groups.values() for i in group}
         plain = tuple(0.0 if i in masked else v for i, v in enumerate(row))
-        part: list[Any] = [_index(runs, _Run(plain, self._text(p, plain, moment)))]
-        for owner, group in groups.items():
-            inside = tuple(v if i in group or i not in masked else 0.0 for i, v in enumerate(row))
-            part.append((owner, _index(runs, _Run(inside, self._text(p, inside, moment)))))
-        return part
+        rows = [plain, *(tuple(v if i in group or i not in masked else 0.0 for i, v in enumerate(row))
+                         for group in groups.values())]  # fmt: skip
+        at = [_index(runs, _Run(gate.at(r) if gate else r, self._text(p, r, moment))) for r in rows]
+        return [at[0], *zip(groups, at[1:], strict=True)]
 
     def _same_mask(self, i: int) -> int:
         mask = self.members[i].mask
@@ -262,7 +263,9 @@ class Conductor:
         for path in texts[0]:
             inputs.put(arguments, path, inputs.joined([t[path] for t in texts]))
         if callable(runs[0].row):
-            self.bank.gate = runs[0].row
+            self.bank.gate = gate = runs[0].row
+            if any(m.positive_only for m in self.members):
+                gate.by_sample([self._positive(gate.weights, h) for h in halves])
             with self.caches.running(runs):
                 return [model(**arguments)]
         self.bank.gate = None
