@@ -1,0 +1,67 @@
+"""Typed functions as named endpoints of the API, and so as tools of the MCP server."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components.api_component import Api
+from gradio_client.utils import python_type_to_json_schema
+
+
+def endpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function an endpoint with its name, its types and its docstring; called inside gr.Blocks.
+
+    A Path is a file that is uploaded, or one to download. ValueErrors become gradio's errors, in words. Yields are
+    what a client that looks on sees; the last one is the result. gr.api does the same for functions without files.
+    """
+    hints = typing.get_type_hints(fn)
+    inputs = [
+        _component(hints[p.name], None if p.default is p.empty else p.default)
+        for p in inspect.signature(fn).parameters.values()
+        if hints[p.name] is not gr.Request
+    ]
+    given = hints.get("return", Any)
+    if typing.get_origin(given) is Iterator:
+        given = typing.get_args(given)[0]
+    kinds = typing.get_args(given) if typing.get_origin(given) is tuple else (given,)
+    outputs = [_component(kind) for kind in kinds]
+    gr.Button(visible=False).click(in_words(fn), inputs, outputs, api_name=fn.__name__, show_progress="hidden")
+    return fn
+
+
+def in_words(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, raising gr.Error with the message of what it refuses, which is shown to whoever asked."""
+    import functools
+
+    if inspect.isgeneratorfunction(fn):
+
+        @functools.wraps(fn)
+        def going(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                yield from fn(*args, **kwargs)
+            except ValueError as error:  # Refused and pydantic's are ValueErrors
+                raise gr.Error(str(error), print_exception=False) from None
+
+        return going
+
+    @functools.wraps(fn)
+    def done(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return fn(*args, **kwargs)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    return done
+
+
+def _component(hint: Any, default: Any = None) -> Any:
+    if hint is Path or Path in typing.get_args(hint):
+        return gr.File(visible=False)
+    if hint is gr.Image:
+        return gr.Image(visible=False, format="png")
+    return Api(default, python_type_to_json_schema(hint), label="value")
