@@ -10,10 +10,11 @@ random number belongs to (seed, sample number), and an interrupted and resumed r
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,30 +92,19 @@ def train(
     check_tokenizer(model, tokenizer)
     adapt.refuse_adapters(model)
     store = tokenised(examples, tokenizer, seq2seq=is_seq2seq(model), length=length)
-    accelerator = _accelerator(model, mixed_precision)
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    training = {m: m.training for m in model.modules()}
-    rng = torch.random.get_rng_state()
-    try:
-        torch.manual_seed(seed)
-        model.eval()
+    with borrowed(model, seed, mixed_precision) as accelerator:
         paths = adapt.chosen(model, modules, adapt.TEXT_GROUPS)
-        new = adapt.inject(model, paths, rank, settings["alpha"], dropout)
-        for layer in adapt.layers(model).values():
-            layer.lora_dropout.train()
-        say(f"{len(examples)} examples, {len(paths)} layers, {sum(p.numel() for p in new):,} parameters")
-        bound = settings | {"data": digest(examples), "processes": accelerator.num_processes}
-        run = TextRun(model, store, _padding(tokenizer), new, settings, bound, accelerator, path)
-        losses, _ = run.steps(resume, checkpoint_every, 0, (), progress, cancel, say)
-        parts = adapt.read_out({"": model}, settings["alpha"])
-    finally:
-        adapt.take_off(model)
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-        for module, flag in training.items():
-            module.training = flag
-        torch.random.set_rng_state(rng)
-        forget(accelerator)
+        try:
+            new = adapt.inject(model, paths, rank, settings["alpha"], dropout)
+            for layer in adapt.layers(model).values():
+                layer.lora_dropout.train()
+            say(f"{len(examples)} examples, {len(paths)} layers, {sum(p.numel() for p in new):,} parameters")
+            bound = settings | {"data": digest(examples), "processes": accelerator.num_processes}
+            run = TextRun(model, store, padding(tokenizer), new, settings, bound, accelerator, path)
+            losses, _ = run.steps(resume, checkpoint_every, 0, (), progress, cancel, say)
+            parts = adapt.read_out({"": model}, settings["alpha"])
+        finally:
+            adapt.take_off(model)
     if accelerator.is_main_process:
         lora = Lora(parts, Card(name or path.name, category, tuple(triggers), text_family(model)))
         recipe = _recipe(settings, bound, named or getattr(model, "name_or_path", ""), model, len(examples), losses)
@@ -147,7 +137,31 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     return s
 
 
-def _padding(tokenizer: Any) -> int:
+@contextlib.contextmanager
+def borrowed(model: nn.Module, seed: int, mixed_precision: str | None = None) -> Iterator[Any]:
+    """A model for training, in evaluation mode, and an accelerator; afterwards flags and random numbers are as before.
+
+    Whatever is put into the model within the block must be taken off within it.
+    """
+    accelerator = _accelerator(model, mixed_precision)
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    training = {m: m.training for m in model.modules()}
+    rng = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model.eval()
+        yield accelerator
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+        for module, flag in training.items():
+            module.training = flag
+        torch.random.set_rng_state(rng)
+        forget(accelerator)
+
+
+def padding(tokenizer: Any) -> int:
+    """A token to fill batches with."""
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # masked, so that any token serves
     return next(token for token in found if token is not None)
 

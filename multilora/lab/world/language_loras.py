@@ -74,7 +74,12 @@ PLANS: Mapping[str, TextPlan] = {
 
 def training_examples(name: str, count: int, settings: TextSettings, seed: int = 0) -> list[Example]:
     """What the LoRA `name` is trained on; all from the train split."""
-    plan, start = PLANS[name], LORA_SEED + seed
+    return plan_examples(PLANS[name], name, count, settings, seed)
+
+
+def plan_examples(plan: TextPlan, name: str, count: int, settings: TextSettings, seed: int = 0) -> list[Example]:
+    """The same for any plan; `name` seeds the mixing."""
+    start = LORA_SEED + seed
     registers = {plan.register: 1.0} if plan.register else dict(settings.registers)
     if not plan.skills:
         spoken = replace(settings, registers=tuple(registers.items()))
