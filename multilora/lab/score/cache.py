@@ -42,6 +42,15 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(b"text " + text.encode()).hexdigest()
 
 
+def weights_hash(model: torch.nn.Module) -> str:
+    """sha256 of a model's tensors with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def model_key(facts: Mapping[str, Any]) -> tuple[str, str]:
     """(sha256, JSON) of what a model's rows depend on."""
     text = json.dumps(dict(facts), sort_keys=True)

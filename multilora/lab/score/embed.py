@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from PIL import Image
 
-from multilora.lab.score.cache import Vectors, picture_hash, text_hash
+from multilora.lab.score.cache import Vectors, picture_hash, text_hash, weights_hash
 
 # How a cosine becomes a score. "torchmetrics" is what its CLIPScore prints for one picture: 100 max(cos, 0). Of many
 # it prints max(mean of 100 cos, 0), which differs from our mean where a cosine is negative: take "cosine" for that.
@@ -95,14 +94,13 @@ class Embedder:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What the vectors depend on: library, weights by hash, precision, device kind, preprocessing."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {
-            "library": self.library, "weights": digest.hexdigest(), "dtype": str(next(self.model.parameters()).dtype),
-            "device": self.device.type, "preprocessing": self.preprocessing,
-        }  # fmt: skip
+            "library": self.library,
+            "weights": weights_hash(self.model),
+            "dtype": str(next(self.model.parameters()).dtype),
+            "device": self.device.type,
+            "preprocessing": self.preprocessing,
+        }
 
 
 def _as(cosines: torch.Tensor, convention: Convention) -> list[float]:

@@ -11,13 +11,16 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from multilora.lab.score.cache import weights_hash
 from multilora.method import unknown
 
 SIZE = 128
@@ -107,26 +110,23 @@ class AttentionNet(nn.Module):
 ARCHITECTURES = {"a": PlainNet, "b": AttentionNet}
 
 
-class Recogniser:
-    """A trained recogniser: `heads` maps a category (or "character_colour", ...) to its labels."""
+class Eyes:
+    """Something that tells what is in a picture: `heads` maps a category ("character_colour", ...) to its labels."""
 
-    def __init__(self, net: nn.Module, heads: Mapping[str, Sequence[str]], name: str) -> None:
-        self.net = net.eval()
-        self.heads = {head: tuple(labels) for head, labels in heads.items()}
-        self.name = name
+    heads: dict[str, tuple[str, ...]]
+    name: str
 
     def __repr__(self) -> str:
-        return f"recogniser {self.name} (128 x 128 px, RGB)"
+        return self.name
 
-    @torch.no_grad()
     def probabilities(self, images: Sequence[Image.Image] | torch.Tensor, batch: int = 64) -> dict[str, torch.Tensor]:
         """Per head the probabilities [n, labels], float32 on the CPU."""
-        device = next(self.net.parameters()).device
-        parts = [
-            {head: logits.float().softmax(1).cpu() for head, logits in self.net(chunk.to(device)).items()}
-            for chunk in pixels(images).split(batch)
-        ]
-        return {head: torch.cat([part[head] for part in parts]) for head in self.heads}
+        raise NotImplementedError
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the probabilities depend on."""
+        raise NotImplementedError
 
     def labels(self, images: Sequence[Image.Image] | torch.Tensor) -> list[dict[str, str]]:
         """Per picture the most probable label of every head."""
@@ -137,11 +137,28 @@ class Recogniser:
     def index(self, head: str, label: str) -> int:
         """Where `label` stands in `head`; a trigger such as "zib alien" means its design. Raises UnknownName."""
         if head not in self.heads:
-            raise unknown("head of the recogniser", head, self.heads)
+            raise unknown(f"head of {self!r}", head, self.heads)
         for candidate in (label, label.split(" ")[0]):
             if candidate in self.heads[head]:
                 return self.heads[head].index(candidate)
-        raise unknown(f"{head} of the embedded world", label, self.heads[head])
+        raise unknown(f"{head} for {self!r}", label, self.heads[head])
+
+    def find(self, element: str) -> tuple[str, int]:
+        """(head, index) of "head: label", or of a label or trigger that one head knows.
+
+        Raises UnknownName for what no head knows, ValueError for what several know ("red", "none").
+        """
+        head, colon, label = element.partition(": ")
+        if colon and head in self.heads:
+            return head, self.index(head, label)
+        for candidate in (element, element.split(" ")[0]):
+            known = [head for head, labels in self.heads.items() if candidate in labels]
+            if len(known) == 1:
+                return known[0], self.heads[known[0]].index(candidate)
+            if known:
+                readings = " or ".join(repr(f"{head}: {candidate}") for head in known)
+                raise ValueError(f"element {element!r}: say which, {readings}")
+        raise unknown(f"element for {self!r}", element, {x for labels in self.heads.values() for x in labels})
 
     def probability(
         self, images: Sequence[Image.Image] | torch.Tensor, requested: Mapping[str, str]
@@ -150,6 +167,33 @@ class Recogniser:
         wanted = {head: self.index(head, label) for head, label in requested.items()}
         found = self.probabilities(images)
         return {head: found[head][:, i] for head, i in wanted.items()}
+
+
+class Recogniser(Eyes):
+    """A trained recogniser of the embedded world."""
+
+    def __init__(self, net: nn.Module, heads: Mapping[str, Sequence[str]], name: str) -> None:
+        self.net = net.eval()
+        self.heads = {head: tuple(labels) for head, labels in heads.items()}
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"recogniser {self.name} (128 x 128 px, RGB)"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        pixels = f"128 x 128 px bicubic, RGB 0..1, pillow {PIL.__version__}"
+        return {"library": "multilora", "weights": weights_hash(self.net), "preprocessing": pixels}
+
+    @torch.no_grad()
+    def probabilities(self, images: Sequence[Image.Image] | torch.Tensor, batch: int = 64) -> dict[str, torch.Tensor]:
+        """Per head the probabilities [n, labels], float32 on the CPU."""
+        device = next(self.net.parameters()).device
+        parts = [
+            {head: logits.float().softmax(1).cpu() for head, logits in self.net(chunk.to(device)).items()}
+            for chunk in pixels(images).split(batch)
+        ]
+        return {head: torch.cat([part[head] for part in parts]) for head in self.heads}
 
 
 @functools.cache
@@ -181,14 +225,14 @@ def load_recogniser(name: str | Path = "a") -> Recogniser:
 def presence(
     images: Sequence[Image.Image] | torch.Tensor,
     requested: Mapping[str, str],
-    recogniser: str | Path | Recogniser = "a",
+    recogniser: str | Path | Eyes = "a",
 ) -> dict[str, list[bool]]:
     """Per requested category and picture: is the requested element the most probable one there?
 
     requested: {"character": "zib", "object_colour": "red", ...}, a class, a design's name or its trigger. Use
     recogniser "b" for tables only. Raises UnknownName for a category or a label that the recogniser does not know.
     """
-    if not isinstance(recogniser, Recogniser):
+    if not isinstance(recogniser, Eyes):
         recogniser = load_recogniser(recogniser)
     wanted = {head: recogniser.index(head, label) for head, label in requested.items()}
     found = recogniser.probabilities(images)
