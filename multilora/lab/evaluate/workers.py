@@ -160,15 +160,19 @@ class ComposerRenderer:
         self._composer: Any = None
 
     def __call__(self, recipe: Recipe, cancel: Any = None) -> tuple[Any, Recipe]:
+        out = self.composed(recipe, cancel)
+        return out.images[recipe.index], out.recipe
+
+    def composed(self, recipe: Recipe, cancel: Any = None) -> Any:
+        """What the Composer gives for a recipe."""
         import torch
 
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(self.threads or before)
-            out = self._composer_for(recipe).compose(recipe, cancel=cancel)
+            return self._composer_for(recipe).compose(recipe, cancel=cancel)
         finally:
             torch.set_num_threads(before)
-        return out.images[recipe.index], out.recipe
 
     def _composer_for(self, recipe: Recipe) -> Any:
         wanted = (recipe.base, recipe.controlnet)
