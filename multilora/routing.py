@@ -59,6 +59,7 @@ class Asked:
     weights  [k] the users' weights, which multiply the router's shares; None for ones
     time     timestep of the run, a number or a tensor [B]
     live     [k] False masks a LoRA out: its share becomes 0, the others' sum to 1
+    total    what the shares are multiplied by, beside the weights
     shares   group -> the router's answer, filled as the model runs
 
     Two of one router, weights and mask are equal: what is cached under one goes with the other.
@@ -70,8 +71,9 @@ class Asked:
         weights: Sequence[float] | None = None,
         time: float | Tensor | None = None,
         live: Sequence[bool] | None = None,
+        total: float = 1.0,
     ) -> None:
-        self.router, self.time = router, time
+        self.router, self.time, self.total = router, time, total
         self.weights = None if weights is None else tuple(float(w) for w in weights)
         self.live = None if live is None else tuple(bool(v) for v in live)
         if self.live is not None and not any(self.live):
@@ -87,7 +89,7 @@ class Asked:
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        return id(self.router), self.weights, self.live
+        return id(self.router), self.weights, self.live, self.total
 
     def reach(self, weights: Sequence[float]) -> tuple[float, ...]:
         """[k] the weights, these where it has none of its own; 0 for LoRAs that are masked out."""
@@ -96,8 +98,9 @@ class Asked:
 
     def at(self, weights: Sequence[float]) -> Asked:
         """The same router at other weights, itself where they are its own."""
-        same = tuple(weights) == self.reach(weights)
-        return self if same and self.weights is not None else Asked(self.router, weights, self.time, self.live)
+        if self.weights is not None and tuple(weights) == self.reach(weights):
+            return self
+        return Asked(self.router, weights, self.time, self.live, self.total)
 
     def by_sample(self, weights: Sequence[Sequence[float]]) -> None:
         """Weights [B][k] that differ between the samples, in place of its own."""
@@ -115,7 +118,7 @@ class Asked:
             live = self.live or (True,) * len(branch.site.parts)
             asks = Layer(branch, x, y, self.time, live, head is None or path == head)
             self.shares[group] = self.router.shares(asks)
-        share = self.shares[group]
+        share = self.shares[group] if self.total == 1.0 else self.shares[group] * self.total
         if self._by_sample is not None:
             rows = torch.tensor(self._by_sample, dtype=share.dtype, device=share.device)
             return share * (rows[:, None] if share.ndim == 3 else rows)
