@@ -19,6 +19,7 @@ from multilora.cli.compose import compose
 from multilora.cli.console import warnings_as_notes
 from multilora.cli.convert import convert
 from multilora.cli.doctor import doctor
+from multilora.cli.eval import evaluation
 from multilora.cli.extract import extract
 from multilora.cli.fisher import fisher
 from multilora.cli.inspect import inspect
@@ -51,6 +52,7 @@ app.command()(extract)
 app.command()(fisher)
 app.command()(search)
 app.command()(batch)
+app.command("eval")(evaluation)
 app.command()(doctor)
 app.command("app")(app_command)
 app.add_typer(world, name="world")

@@ -60,7 +60,7 @@ def batch(
 
         team = partial(RayWorkers, workers=workers, address=ray, threads=threads)
     # Ray tells on stdout which of its processes have died.
-    with contextlib.redirect_stdout(sys.stderr), stopped_by_signals() as stop, _told(len(items)) as progress:
+    with contextlib.redirect_stdout(sys.stderr), stopped_by_signals() as stop, shown_progress(len(items)) as progress:
         summary = run_batch(
             items,
             out,
@@ -106,7 +106,7 @@ def stopped_by_signals() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def _told(total: int) -> Iterator[Callable[[Any], None]]:
+def shown_progress(total: int) -> Iterator[Callable[[Any], None]]:
     """Progress as a bar on a terminal, else as a line now and then."""
     with bars() as start:
         bar = start("pictures", total)

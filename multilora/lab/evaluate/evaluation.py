@@ -24,7 +24,7 @@ from PIL import Image
 from multilora.lab.evaluate.batch import Progress, run_batch
 from multilora.lab.evaluate.combinations import Entry, Library, combinations
 from multilora.lab.evaluate.items import Item, items_of, seed_of
-from multilora.lab.evaluate.readings import Readers, Kept, Reading
+from multilora.lab.evaluate.readings import Kept, Readers, Reading
 from multilora.lab.evaluate.settings import Settings
 from multilora.lab.evaluate.workers import ComposerRenderer, Workers
 from multilora.method import Bound, methods, resolve
@@ -71,8 +71,8 @@ def arm(text: str, options: Iterable[tuple[str, Any]] = ()) -> Arm:
 
 
 def training_free() -> list[str]:
-    """The names of all methods that need nothing but the LoRAs: no gate, no parameters of their own."""
-    return [name for name, record in methods("route").items() if not any(o.default is None for o in record.options)]
+    """The names of all methods that need nothing but the LoRAs: those without a trained gate."""
+    return [name for name, record in methods("route").items() if "gate" not in {o.name for o in record.options}]
 
 
 @dataclass(frozen=True)
