@@ -105,7 +105,8 @@ class File:
                                      [(model, thing, value) for thing, value in rows.items()])  # fmt: skip
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite ends it itself when the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
             self._known.add(model)
 

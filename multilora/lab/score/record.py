@@ -89,6 +89,14 @@ class Scorer:
         _ = self.source
         return self
 
+    def ready(self) -> Scorer:
+        """Itself, loaded and, where the model is elsewhere, reached: to be called before any picture is made.
+
+        Raises ValueError when the model is missing, ScoreFailed when it cannot be reached.
+        """
+        getattr(self.source, "reach", lambda: None)()
+        return self
+
     @property
     def name(self) -> str:
         return self.record.name
@@ -204,8 +212,19 @@ class Measured:
     failed: dict[str, str]
 
 
+def ready(scorers: Iterable[Scorer]) -> tuple[list[Scorer], dict[str, str]]:
+    """The scorers that can be used now, and why the others cannot. Raises ValueError when a model is missing."""
+    there, failed = [], {}
+    for scorer in scorers:
+        try:
+            there.append(scorer.ready())
+        except ScoreFailed as error:
+            failed[scorer.name] = str(error)
+    return there, failed
+
+
 def measure(
-    scorers: Iterable[Scorer],
+    scorers: Mapping[str, Scorer] | Iterable[Scorer],
     images: Sequence[Image.Image],
     *,
     prompts: str | Sequence[str] | None = None,
@@ -214,15 +233,19 @@ def measure(
 ) -> Measured:
     """Every score of the pictures, each given what it needs. One that fails outside (ScoreFailed) costs no other.
 
-    Raises ValueError as the scorers do.
+    Raises ValueError as the scorers do, and for two of one name: give those as {your name: scorer}.
     """
+    listed = [(s.name, s) for s in scorers] if not isinstance(scorers, Mapping) else list(scorers.items())
+    names = [name for name, _ in listed]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two scores are named {twice}: give a mapping of your own names to scorers")
     values: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
-    for scorer in scorers:
+    for name, scorer in listed:
         try:
-            values[scorer.name] = scorer(images, elements if "element" in scorer.needs else prompts, references)
+            values[name] = scorer(images, elements if "element" in scorer.needs else prompts, references)
         except ScoreFailed as error:
-            failed[scorer.name] = str(error)
+            failed[name] = str(error)
     return Measured(values, failed)
 
 
