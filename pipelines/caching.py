@@ -1,13 +1,16 @@
-"""Feature caches of diffusers (FirstBlockCache and kin) under composition: every row keeps a state of its own.
+"""Feature caches under composition: every row keeps a state of its own.
 
-A cache skips blocks where what it stored at an earlier step is close enough. diffusers keeps one store for each
-cache context of the pipeline ("cond", "uncond"). Under composition several rows pass through one such context, and a
-residual of one LoRA would serve another: wrong in the very first step of Composite, and after each change of Switch.
-Here the context is the pipeline's own, together with the call's place in the step and the runs of the batch. So rows
-in turn decide each for itself, and rows in one batch share one store and one decision.
+diffusers has caches for transformers (FirstBlockCache and kin); U-Nets have pipelines.branch_cache. A cache skips
+blocks where what it stored at an earlier step is close enough. diffusers keeps one store for each cache context of the
+pipeline ("cond", "uncond"). Under composition several rows pass through one such context, and a residual of one LoRA
+would serve another: wrong in the very first step of Composite, and after each change of Switch. Here the context is
+the pipeline's own, together with the call's place in the step and the runs of the batch. So rows in turn decide each
+for itself, and rows in one batch share one store and one decision.
 
 A store lives from one step to the next. One that a step left unused is dropped: a row that comes back later starts
 anew, whatever it stored before, and stores never outnumber the rows of two steps. A new picture starts empty.
+
+`cached` puts on the cache that one option asks for, `--cache 3` or `--cache first_block:0.1`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+
+from multilora.pipelines.branch_cache import BranchCache
 
 # diffusers' stateful hooks. A hook keeps its state in StateManagers, by context, or in its attribute `state`, one for
 # all contexts.
@@ -96,12 +101,83 @@ def _unfit(path: str, module: nn.Module, hook: Any, adapted: bool) -> str:
     return ""
 
 
+# -- the option ------------------------------------------------------------------------------------------------------
+
+# name -> (what its number is, whole numbers only, the denoisers it is for)
+KINDS = {
+    "branch": ("every", True, "U-Nets"),
+    "taylorseer": ("every", True, "transformers"),
+    "first_block": ("threshold", False, "transformers"),
+}
+
+
+def read_cache(value: Any) -> tuple[str, float] | None:
+    """(name, number) of a cache asked for: 3, "3", "branch:3", "taylorseer:3", "first_block:0.1"; None or "": none.
+
+    The name is empty where a number alone was given: run the whole model at every this many steps. Raises ValueError.
+    """
+    if value is None or value == "":
+        return None
+    name, _, number = str(value).rpartition(":")
+    _, whole, _ = KINDS.get(name, ("every", True, ""))
+    try:
+        if isinstance(value, bool) or (name and name not in KINDS):
+            raise ValueError
+        found = int(number) if whole else float(number)
+        if not (found >= 1 if whole else 0.0 <= found < float("inf")):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"cache={value!r}: wanted a whole number of steps from one run of the whole model to the next, such as 3, "
+            f"or one of branch:EVERY (U-Nets), taylorseer:EVERY and first_block:THRESHOLD (transformers)"
+        ) from None
+    return name, found
+
+
+@contextlib.contextmanager
+def cached(denoiser: nn.Module, value: Any) -> Iterator[BranchCache | None]:
+    """The cache that `value` asks for (see read_cache) on the denoiser, for the length of the block.
+
+    Yields a U-Net's branch cache, which belongs into Caches.branch, and None for every other. Raises ValueError when
+    the denoiser cannot have it, or has one already.
+    """
+    asked = read_cache(value)
+    if asked is None:
+        yield None
+        return
+    name, number = asked
+    unet = hasattr(getattr(denoiser, "_orig_mod", denoiser), "up_blocks")
+    name = name or ("branch" if unet else "taylorseer")
+    what = type(denoiser).__name__
+    if unet != (name == "branch"):
+        raise ValueError(f"cache={value!r}: {name} is for {KINDS[name][2]}, this is a {what}")
+    if unet:
+        yield BranchCache(denoiser, int(number))
+        return
+    if not hasattr(denoiser, "enable_cache"):
+        raise ValueError(f"cache={value!r}: diffusers has no caches for a {what}; docs/caches.md has a way by hand")
+    if denoiser.is_cache_enabled:
+        raise ValueError(f"cache={value!r}: this {what} has a cache already; call disable_cache() first")
+    import diffusers
+
+    configs = {"taylorseer": ("TaylorSeerCacheConfig", "cache_interval"),
+               "first_block": ("FirstBlockCacheConfig", "threshold")}  # fmt: skip
+    cls, field = configs[name]
+    try:
+        denoiser.enable_cache(getattr(diffusers, cls)(**{field: number}))
+        yield None
+    finally:
+        if denoiser.is_cache_enabled:
+            denoiser.disable_cache()
+
+
 class Caches:
     """The stores of one composition.
 
     advances  how many steps of the scheduler the picture has made
     calls     how many calls the pipeline has made of the denoiser in the picture
     adapted   the modules that LoRAs act on
+    branch    the branch cache of a U-Net, or None
     """
 
     def __init__(
@@ -112,6 +188,7 @@ class Caches:
         adapted: Sequence[nn.Module] = (),
     ):
         self.denoiser, self.advances, self.calls, self.adapted = denoiser, advances, calls, list(adapted)
+        self.branch: BranchCache | None = None
         self._managers: list[tuple[Any, Any]] = []  # (hook, one of its StateManagers)
         self._single: list[Any] = []  # hooks with one state for all contexts
         self._own: list[Any] = []  # what those had before
@@ -125,6 +202,8 @@ class Caches:
 
     def close(self) -> None:
         """Drop every store, and leave the caches as if they had never run."""
+        if self.branch is not None:
+            self.branch.clear()
         for _, manager in self._managers:
             manager._state_cache.clear()
         for hook, state in zip(self._single, self._own, strict=True):
@@ -149,7 +228,7 @@ class Caches:
     @contextlib.contextmanager
     def running(self, runs: Sequence[Hashable]) -> Iterator[None]:
         """Around one call of the model: its stores are those of these runs, at this place of the step."""
-        if not self._managers and not self._single:
+        if not self._managers and not self._single and self.branch is None:
             yield
             return
         self._tick()
@@ -163,7 +242,7 @@ class Caches:
             self._states[self._names[key]] = [self._fresh(hook) for hook in self._single]
         name = self._names[key]
         new, self._used[name] = name not in self._used, self._step
-        with self._within(own, name, new):
+        with self._within(own, name, new), self.branch.running(name) if self.branch else contextlib.nullcontext():
             yield
 
     @contextlib.contextmanager
@@ -200,6 +279,8 @@ class Caches:
         name = self._names.pop(key)
         self._used.pop(name)
         self._states.pop(name)
+        if self.branch is not None:
+            self.branch.drop(name)
         for _, manager in self._managers:
             manager._state_cache.pop(name, None)
 

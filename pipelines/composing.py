@@ -14,6 +14,7 @@ from multilora import files, lbw, strength
 from multilora.attach import attached, loaded
 from multilora.lora import Lora
 from multilora.method import Bound, Method, resolve
+from multilora.pipelines.caching import cached, read_cache
 from multilora.pipelines.clock import step_clock
 from multilora.pipelines.denoise import Conductor, intercepted
 from multilora.pipelines.lanes import lane
@@ -196,6 +197,7 @@ def composing(
     scale: float = 1.0,
     form: str = "auto",
     passes_per_call: int | None = None,
+    cache: Any = None,
     cancel: Any = None,
     **options: Any,
 ) -> Iterator[Conductor | None]:
@@ -211,6 +213,7 @@ def composing(
     scale            one factor on every weight (the published code's global LoRA scale)
     form             "auto", "side", "rebuilt", "bank": see multilora.attach
     passes_per_call  passes run as one batch, default all
+    cache            a feature cache, 3 or "first_block:0.1": see multilora.pipelines.caching.read_cache
     cancel           an object with `is_set()`; when set, the next run raises Cancelled
     options          of the method
 
@@ -221,6 +224,7 @@ def composing(
     component, denoiser = denoiser_of(pipe)
     bound = resolve("route", method, **options)
     check_run(scale, passes_per_call, cancel)
+    read_cache(cache)
     members = [m.scaled(float(scale)) for m in members_of(pipe, loras, weights)]
     members = [m for m in members if not m.weight.is_zero]
     encodings = Encodings(pipe, denoiser, members, text_encoder)
@@ -240,6 +244,7 @@ def composing(
                 blocks=[dict(m.blocks) or None for m in members],
             )
         )
+        branch = stack.enter_context(cached(denoiser, cache))
         stack.enter_context(controlnet_as_base(getattr(pipe, "controlnet", None), bank))
         clock = stack.enter_context(step_clock(pipe.scheduler, lambda: getattr(pipe, "_num_timesteps", None)))
         stack.enter_context(encodings.listening())
@@ -256,5 +261,6 @@ def composing(
             half=lambda: half_of(getattr(pipe, "guider", None)),
         )
         stack.callback(conductor.caches.close)
+        conductor.caches.branch = branch
         stack.enter_context(intercepted(denoiser, conductor))
         yield conductor
