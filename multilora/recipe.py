@@ -120,6 +120,7 @@ class Recipe(_Model):
     true_cfg_scale: Finite | None = None
     pipeline_options: dict[str, Any] = Field(default_factory=dict)
     text_encoder: str = "per_row"
+    cache: str = ""  # of features, as multilora.pipelines.caching.read_cache takes it
     scale: Finite = 1.0
     resolved: Resolved | None = None
     extra: dict[str, Any] = Field(default_factory=dict)

@@ -193,6 +193,7 @@ class Composer:
         scale: float = 1.0,
         form: str = "auto",
         passes_per_call: int | None = None,
+        cache: Any = None,
         progress: Callable[[int, int, dict], None] | None = None,
         preview: Callable[[int, int, Any], None] | None = None,
         cancel: Any = None,
@@ -214,7 +215,7 @@ class Composer:
         true_cfg_scale         of FLUX.1: guidance by a negative prompt, beside the distilled guidance_scale
         pipeline_options       further arguments of the pipeline's call, such as {"max_sequence_length": 128}
         scheduler              class name of a compatible diffusers scheduler, default the pipeline's
-        text_encoder, scale, form, passes_per_call, cancel    see composing
+        text_encoder, scale, form, passes_per_call, cache, cancel    see composing
         progress               called after each step of the scheduler (two per step for Heun and the like) with
                                (step, steps, {"method": ..., "passes": ...})
         preview                likewise, with (step, steps, small PIL picture)
@@ -279,6 +280,7 @@ class Composer:
                     scale=scale,
                     form=form,
                     passes_per_call=passes_per_call,
+                    cache=cache,
                     cancel=cancel,
                 )
             )
@@ -305,6 +307,7 @@ class Composer:
                 scheduler=type(used).__name__,
                 scheduler_config=dict(scheduler_config or {}),
                 text_encoder=text_encoder,
+                cache="" if cache is None else str(cache),
                 scale=scale,
                 resolved=Resolved(
                     device=str(self.denoiser.device),
@@ -373,6 +376,7 @@ class Composer:
             pipeline_options=recipe.pipeline_options,
             scheduler_config=recipe.scheduler_config,
             text_encoder=recipe.text_encoder,
+            cache=recipe.cache or None,
             scale=recipe.scale,
             form=resolved.form if resolved else "auto",
             passes_per_call=resolved.passes_per_call if resolved else None,

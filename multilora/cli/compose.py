@@ -50,6 +50,9 @@ def compose(
     positive_only: Annotated[Many | None, typer.Option(help="LORA that leaves the negative branch alone")] = None,
     form: Annotated[str | None, typer.Option(help="of the adapted layers: auto, side, rebuilt or bank")] = None,
     passes_per_call: Annotated[int | None, typer.Option(help="model runs in one batch, default all")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="skip deep layers: 3 runs the whole model every 3rd step; or first_block:0.1")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default the best there is")] = None,
     source: Annotated[
         Path | None, typer.Option("--from", help="a PNG that multilora wrote: make it again, with what else is given")
@@ -73,6 +76,7 @@ def compose(
         "text_encoder": text_encoder,
         "form": form,
         "passes_per_call": passes_per_call,
+        "cache": cache,
     }
     request = {name: value for name, value in numbers.items() if value is not None}
     for name, value in (("--num", num), ("--steps", steps)):
