@@ -3,8 +3,8 @@
     v_i = top right singular vector of up_i down_i;  share = softmax over the top-k LoRAs of |x . v_i| / temperature
 
 Nothing is trained. The sign and the factorisation of a LoRA do not matter. A convolution's direction is one of its
-patches; its share is per sample, the mean of |patch . v_i| over positions (and groups). A LoRA without a part in a layer
-takes no share there; one that only changes a vector (norms, biases) has no direction and scores 0.
+patches; its share is per sample, the mean of |patch . v_i| over positions (and groups). A LoRA without a part in a
+layer takes no share there; one that only changes a vector (norms, biases) has no direction and scores 0.
 """
 
 from __future__ import annotations

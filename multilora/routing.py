@@ -160,18 +160,27 @@ class Uniform:
         return live / live.sum()
 
 
-def mean_shares(shares: Mapping[str, Tensor]) -> Tensor:
-    """[groups, k] mean answer of each group over its samples and tokens."""
-    return torch.stack([share.reshape(-1, share.shape[-1]).mean(0) for share in shares.values()])
+def mean_shares(shares: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
+    """[groups, k] mean answer of each group over its samples and tokens.
+
+    mask  [B, T] 0 for padding, which is left out of answers per token of that shape
+    """
+    found = []
+    for share in shares.values():
+        rows = share.reshape(-1, share.shape[-1])
+        if mask is not None and share.shape[:-1] == mask.shape:
+            rows = rows[mask.reshape(-1).bool()]
+        found.append(rows.mean(0))
+    return torch.stack(found)
 
 
-def balance_loss(shares: Mapping[str, Tensor]) -> Tensor:
+def balance_loss(shares: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
     """-log prod_i q_i with q_i the share of LoRA i, averaged over all groups (arXiv 2404.13628, section 3.2).
 
-    shares  group -> [k], [B, k] or [B, T, k]
+    shares  group -> [k], [B, k] or [B, T, k]; mask as of mean_shares
     returns []; at least k log k, which uniform means reach
 
     The paper averages over its gated blocks; here also over samples and tokens.
     """
-    q = mean_shares(shares).mean(0)
+    q = mean_shares(shares, mask).mean(0)
     return -q.clamp_min(torch.finfo(q.dtype).tiny).log().sum()
