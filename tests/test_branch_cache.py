@@ -300,3 +300,29 @@ def test_a_row_of_the_bank_does_not_mind():
         called = {path for path, n in bank.calls.items() if n}
     assert called
     assert all(path.startswith(f"up_blocks.{len(pipe.unet.up_blocks) - 1}.attentions.") for path in called)
+
+
+@torch.no_grad()
+def test_the_command_records_its_cache_and_draws_the_same_again(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    from multilora import files
+    from multilora.recipe import Recipe
+    from tests.test_cli import call
+
+    pipe = tiny.sd15()
+    pipe.save_pretrained(tmp_path / "base")
+    files.save(tiny.lora_for(pipe, seed=1, name="fox"), tmp_path / "fox.safetensors")
+    monkeypatch.chdir(tmp_path)
+    words = ("compose", "a fox", "--lora", "fox.safetensors", "--base", "base", "--steps", "4", "--seed", "5")
+    for name, cache in (("plain.png", ()), ("a.png", ("--cache", "2"))):
+        status, _, err = call(capsys, *words, *cache, "--out", name)
+        assert status == 0, err
+    status, _, err = call(capsys, "compose", "--from", "a.png", "--out", "b.png")
+    assert status == 0, err
+    assert [Recipe.from_png(name).cache for name in ("plain.png", "a.png", "b.png")] == ["", "2", "2"]
+    plain, a, b = (Image.open(name).tobytes() for name in ("plain.png", "a.png", "b.png"))
+    assert a == b != plain
+    status, _, err = call(capsys, *words, "--cache", "often", "--out", "c.png")
+    assert status != 0
+    assert "cache='often': wanted a whole number of steps" in err

@@ -82,6 +82,10 @@ def compose(
     for name, value in (("--num", num), ("--steps", steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: wanted at least 1")
+    if cache is not None:
+        from multilora.pipelines.caching import read_cache
+
+        read_cache(cache)
     if size is not None:
         request["width"], request["height"] = arguments.read_size(size)
     pictures = {"image": image, "mask_image": mask_image, "control_image": control_image}
