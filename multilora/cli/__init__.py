@@ -22,6 +22,7 @@ from multilora.cli.doctor import doctor
 from multilora.cli.eval import evaluation
 from multilora.cli.extract import extract
 from multilora.cli.fisher import fisher
+from multilora.cli.gates import gates
 from multilora.cli.inspect import inspect
 from multilora.cli.loras import loras
 from multilora.cli.merge import merge
@@ -57,6 +58,7 @@ app.command()(doctor)
 app.command("app")(app_command)
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")
+app.add_typer(gates, name="gates")
 
 
 def _version(wanted: bool) -> None:

@@ -20,6 +20,9 @@ def compose(
     ] = None,
     method: Annotated[str | None, typer.Option(help="how LoRAs are combined, default merge; see: methods")] = None,
     option: Annotated[Many | None, typer.Option(help="KEY=VALUE of the method (METHOD.KEY with --compare)")] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="of a method with one: its file, or an embedded gate's name")
+    ] = None,
     compare: Annotated[str | None, typer.Option(help="methods, comma-separated: one picture each and a sheet")] = None,
     singles: Annotated[
         bool, typer.Option("--singles", help="with --compare: also the base and each LoRA alone")
@@ -79,6 +82,7 @@ def compose(
         "cache": cache,
     }
     request = {name: value for name, value in numbers.items() if value is not None}
+    option = [*(option or []), *([] if gate is None else [f"gate={gate}"])]
     for name, value in (("--num", num), ("--steps", steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: wanted at least 1")

@@ -1,0 +1,195 @@
+"""`multilora gates` and `multilora train gate`: train gates, list them, see what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from multilora.cli import arguments
+from multilora.cli.console import bars, note, print_json, print_table
+from multilora.cli.train import train
+
+gates = typer.Typer(help="gates: what there is, and what one does", no_args_is_help=True)
+
+
+@gates.command("list")
+def list_gates(as_json: Annotated[bool, typer.Option("--json", help="machine-readable output")] = False) -> None:
+    """List the gates that come with multilora."""
+    from multilora.gates import embedded_gates, read_gate
+
+    found = {name: _said(read_gate(path)) for name, path in embedded_gates().items()}
+    if as_json:
+        print_json([{"name": name, **said} for name, said in found.items()])
+        return
+    rows = [(name, s["kind"], ", ".join(lora["name"] for lora in s["loras"]), s["per"]) for name, s in found.items()]
+    print_table(("name", "method", "LoRAs", "a gate per"), rows)
+
+
+@gates.command()
+def show(
+    gate: Annotated[str, typer.Argument(help="file of a gate, or the name of an embedded one")],
+    prompt: Annotated[str | None, typer.Argument(help="default a scene with all the LoRAs")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="[NAME=]FILE_OR_LIBRARY_NAME[:WEIGHT]; default all the gate's")
+    ] = None,
+    mask: Annotated[str, typer.Option(help="names of LoRAs to leave out, comma-separated")] = "",
+    base: Annotated[str, typer.Option(help="'embedded', a pipeline folder, or that of a language model")] = "embedded",
+    seed: Annotated[int, typer.Option(help="of the picture")] = 0,
+    steps: Annotated[int, typer.Option(help="of the picture")] = 25,
+    tokens: Annotated[int, typer.Option(help="new ones, of a text")] = 24,
+    out: Annotated[Path | None, typer.Option(help="the map, a .png; default beside you, named after the gate")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace what is at --out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print card and mean shares as JSON")] = False,
+) -> None:
+    """Draw a picture (or answer a prompt) with a gate, and map each LoRA's share by layer and step (or token)."""
+    from multilora.gates import read_gate
+
+    for name, value in (("--steps", steps), ("--tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: wanted at least 1")
+    known = read_gate(gate)
+    out = out or Path(f"{Path(known.source).stem}_map.png")
+    arguments.check_picture(out, force)
+    wanted = [arguments.read_lora(text) for text in lora or []] or _of_the_library(known)
+    weights = [1.0 if one.weight is None else one.weight for one in wanted]
+
+    from multilora.lab.gate_map import draw_map
+    from multilora.method import resolve
+    from multilora.recipe import save_png
+
+    bound = resolve("route", known.kind, gate=gate, **({"mask": mask} if mask else {}))
+    settings = {"seed": seed, "steps": steps, "tokens": tokens}
+    found, text = _found(base, wanted, weights, bound, prompt, settings)
+    words = f"{known.kind}, a gate per {known.settings.get('per', 'layer')}: {text}"
+    save_png(draw_map(found, title=Path(known.source).stem, subtitle=words), out)
+    mean = found.shares.nanmean((0, 1)).tolist()
+    if as_json:
+        shares = dict(zip(found.names, mean, strict=True))
+        print_json({**_said(known), "prompt": text, "map": str(out), "shares": shares, "strongest": found.strongest,
+                    "sharpest": found.sharpest})  # fmt: skip
+        return
+    for name, share in zip(found.names, mean, strict=True):
+        note(f"{name}: {share:.3f} on the whole")
+    print(out)
+
+
+def _found(base: str, wanted: Any, weights: list[Any], bound: Any, prompt: str | None, s: dict[str, int]) -> Any:
+    """(the map, the prompt)"""
+    from multilora.lab.gate_map import map_of_picture, map_of_text
+
+    folder = Path(base).expanduser()
+    names = [one.name for one in wanted]
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        from multilora.pipelines.text_load import load_text, text_lora
+
+        if prompt is None:
+            raise ValueError("PROMPT is missing: say what the language model should answer")
+        model, tokenizer = load_text(base)
+        loras = [text_lora(model, one.source, name) for one, name in zip(wanted, names, strict=True)]
+        found = map_of_text(model, tokenizer, loras, bound, prompt, weights=weights, max_new_tokens=s["tokens"])
+        return found, prompt
+    from multilora import files
+    from multilora.lab.search import search_prompts
+    from multilora.pipelines.load import find_lora, load_pipeline
+
+    pipe = load_pipeline(base)
+    loras, entries = [], []
+    for one in wanted:
+        path, entry = find_lora(one.source)
+        loras.append(files.load(path, base=pipe, name=one.name or (entry["name"] if entry else None)))
+        entries.append(entry)
+    if prompt is None:
+        prompt = search_prompts(entries, [lora.card.name for lora in loras], 1)[0]
+    pipe.set_progress_bar_config(disable=True)
+    found = map_of_picture(pipe, loras, bound, prompt, weights=weights, seed=s["seed"], steps=s["steps"])
+    return found, prompt
+
+
+def _of_the_library(gate: Any) -> list[arguments.LoraArgument]:
+    """The gate's LoRAs among the embedded ones. Raises ValueError naming one that is not there."""
+    from multilora.pipelines.load import library
+
+    names = {entry["sha256"]: name for name, entry in library().items()}
+    missing = [lora["name"] for lora in gate.loras if lora["sha256"] not in names]
+    if missing:
+        raise ValueError(f"gate {gate.source}: LoRA {missing[0]!r} is not in the library; give --lora, its file")
+    return [arguments.LoraArgument(names[lora["sha256"]]) for lora in gate.loras]
+
+
+def _said(gate: Any) -> dict[str, Any]:
+    """A gate's card as JSON."""
+    count = sum(t.numel() for t in gate.tensors.values())
+    kept = {k: v for k, v in gate.settings.items() if k != "heads"}
+    about = {"kind": gate.kind, "loras": [dict(lora) for lora in gate.loras], "sha256": gate.sha256}
+    return {**about, "parameters": count, "per": "", **kept, "recipe": dict(gate.recipe)}
+
+
+@train.command("gate")
+def train_gate(
+    lora: Annotated[list[str], typer.Option("--lora", help="FILE_OR_LIBRARY_NAME, at least two; repeat")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the .safetensors file")],
+    kind: Annotated[str, typer.Option(help="mole")] = "mole",
+    base: Annotated[
+        str, typer.Option(help="'embedded', a folder of a pipeline or language model, or a hub id")
+    ] = "embedded",
+    data: Annotated[
+        Path | None, typer.Option(help="pictures with captions, default none: LoRAs' own predictions; texts: .jsonl")
+    ] = None,
+    per: Annotated[str, typer.Option(help="what shares a gate: linear, layer, block or network")] = "layer",
+    token: Annotated[
+        bool, typer.Option("--token", help="of pictures: a share per position, with --per linear")
+    ] = False,
+    timestep: Annotated[bool, typer.Option(help="of pictures: the gate sees the timestep")] = True,
+    sums: Annotated[
+        str, typer.Option(help="what the row sums to: one (the paper's), or count: the LoRAs' number")
+    ] = "one",
+    temperature: Annotated[float, typer.Option(help="of the softmax at first; it is learned")] = 1.0,
+    balance: Annotated[float, typer.Option(help="weight of the balancing loss")] = 0.5,
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 200,
+    batch: Annotated[int, typer.Option(help="examples in a step")] = 8,
+    lr: Annotated[float, typer.Option(help="learning rate")] = 0.01,
+    draws: Annotated[int, typer.Option(help="noise levels per picture or prompt")] = 8,
+    length: Annotated[int, typer.Option(help="of texts, in tokens at most")] = 512,
+    size: Annotated[int | None, typer.Option(help="side of the pictures, default the base's own")] = None,
+    seed: Annotated[int, typer.Option(help="of everything that is random")] = 0,
+    mixed_precision: Annotated[str | None, typer.Option(help="fp16 or bf16")] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 100,
+    resume: Annotated[bool, typer.Option(help="go on from a checkpoint of the same settings")] = True,
+    force: Annotated[bool, typer.Option("--force", help="replace what is at --out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Train a gate for frozen LoRAs; run again to go on where it stopped."""
+    wanted = [arguments.read_lora(text) for text in lora]
+    for one in wanted:
+        if one.weight is not None or one.name is not None:
+            raise ValueError(f"--lora {one.source}: a gate finds the weights; give the file or library name alone")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {str(out)!r}: a gate is a .safetensors file")
+    if out.exists() and not (force and out.is_file()):
+        raise ValueError(f"--out {str(out)!r}: exists already; --force replaces it")
+    arguments.check_folder(out.parent)
+    if data is not None and not data.exists():
+        raise ValueError(f"--data {str(data)!r}: there is no such file or folder")
+    from multilora.lab.train.gates import train as run
+
+    with bars() as start:
+        advance = None
+
+        def progress(step: int, of: int, info: dict[str, float]) -> None:
+            nonlocal advance
+            advance = advance or start("training", of)
+            advance(step, f"loss {info['loss']:.4f}")
+
+        trained = run(
+            [one.source for one in wanted], base, out, data=data, kind=kind, per=per, token=True if token else None,
+            timestep=timestep, sums=sums, temperature=temperature, balance=balance, steps=steps, batch=batch, lr=lr,
+            draws=draws, length=length, size=size, seed=seed, mixed_precision=mixed_precision,
+            checkpoint_every=checkpoint_every, resume=resume, echo=note, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json({"path": str(trained.path), "steps": trained.steps, "gates": trained.modules,
+                    "seconds": round(trained.seconds, 1)})  # fmt: skip
+        return
+    print(trained.path)
