@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from gradio_client.utils import python_type_to_json_schema
 def endpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function an endpoint with its name, its types and its docstring; called inside gr.Blocks.
 
-    A Path is a file that is uploaded, or one to download. ValueErrors become gradio's errors, in words. Yields are
-    what a client that looks on sees; the last one is the result. gr.api does the same for functions without files.
+    A Path is a file that is uploaded, or one to download; gr.Gallery is pictures with captions. ValueErrors become
+    gradio's errors, in words. Yields are what a client that looks on sees; the last one is the result. gr.api does the
+    same for functions without files.
     """
     hints = typing.get_type_hints(fn)
     inputs = [
@@ -36,8 +38,6 @@ def endpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def in_words(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function, raising gr.Error with the message of what it refuses, which is shown to whoever asked."""
-    import functools
-
     if inspect.isgeneratorfunction(fn):
 
         @functools.wraps(fn)
@@ -59,9 +59,29 @@ def in_words(fn: Callable[..., Any]) -> Callable[..., Any]:
     return done
 
 
+def telling(going: Generator[str, None, Any], shown: Callable[[str], Any]) -> Generator[Any, None, Any]:
+    """`shown` of each line that a generator says; its return value. Left early, the generator is closed."""
+    try:
+        while True:
+            yield shown(next(going))
+    except StopIteration as end:
+        return end.value
+    finally:
+        going.close()
+
+
+def finished(going: Generator[Any, None, Any]) -> Any:
+    """The return value of a generator, whatever it says on the way."""
+    try:
+        while True:
+            next(going)
+    except StopIteration as end:
+        return end.value
+
+
 def _component(hint: Any, default: Any = None) -> Any:
     if hint is Path or Path in typing.get_args(hint):
         return gr.File(visible=False)
-    if hint is gr.Image:
-        return gr.Image(visible=False, format="png")
+    if hint is gr.Gallery:
+        return gr.Gallery(visible=False, format="png")
     return Api(default, python_type_to_json_schema(hint), label="value")

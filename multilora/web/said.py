@@ -21,10 +21,17 @@ STYLE = """<style>
 .ml-table caption small{display:block;font-weight:400;color:var(--body-text-color-subdued)}
 .ml-table th,.ml-table td{padding:.25rem .6rem;border:1px solid var(--border-color-primary);text-align:left;
  vertical-align:top;overflow-wrap:anywhere}
-.ml-table th{font-weight:500;color:var(--body-text-color-subdued)}
+.ml-table th{font-weight:500;white-space:nowrap;color:var(--body-text-color-subdued)}
 .ml-heat td{text-align:right;font-variant-numeric:tabular-nums;min-width:3.6em;overflow-wrap:normal}
 .ml-bar{display:inline-block;height:.75em;background:#0072b2;border-radius:2px;vertical-align:baseline}
+.ml-shelf .grid-container{grid-template-columns:repeat(auto-fill,minmax(5.5rem,1fr))!important;gap:.35rem}
+.ml-shelf .thumbnail-item,.ml-shelf .gallery-item{aspect-ratio:1}
 </style>"""
+
+
+def intro(text: str) -> str:
+    """The sentence at the top of a page, with the styles of everything here."""
+    return f"{STYLE}<p>{_e(text)}</p>"
 
 
 def said(text: str = "", bad: bool = False) -> str:

@@ -5,6 +5,7 @@ A new action is a Request in spec.py and a function here, or anywhere that is im
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +138,7 @@ def _written(merged: Any, request: Any, folder: Path, engine: Any) -> Output:
     import multilora
 
     folder.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in merged.card.name)[:60].strip("-") or "merged"
+    name = re.sub(r"[^\w-]+", "-", merged.card.name)[:60].strip("-") or "merged"
     options = {"format": request.format, "dtype": request.dtype}
     if request.format != "peft":
         path = folder / f"{name}.safetensors"

@@ -99,6 +99,11 @@ class Service:
                     raise Refused(f"base {base!r} was not ready within {timeout:g} s", "worker")
             return dict(self._facts[base])
 
+    def known(self, base: str) -> dict[str, Any] | None:
+        """The facts of a base that a worker has held; None when none has yet."""
+        with self._known:
+            return dict(self._facts[base]) if base in self._facts else None
+
     def library(self, session: Session) -> list[Entry]:
         """The LoRAs that a session may use: the embedded ones, the server's folder, then its own uploads."""
         return [*self._shared(), *session.uploads.values()]

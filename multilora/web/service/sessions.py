@@ -36,12 +36,16 @@ class Entry:
 
 
 class Session:
-    """One browser, or one user where there are logins. Its folder holds what it owns, and goes with it."""
+    """One browser, or one user where there are logins. Its folder holds what it owns, and goes with it.
+
+    base  that its pages work on; "" for the server's first one
+    """
 
     def __init__(self, key: str, folder: Path):
         self.key, self.folder = key, folder
         self.label = secrets.token_hex(4)  # stands for the key in logs
         self.seen = time.monotonic()
+        self.base = ""
         self.uploads: dict[str, Entry] = {}
         self.outputs: OrderedDict[str, Output] = OrderedDict()
         self.taken: list[tuple[float, int]] = []  # (when, bytes) of uploads
