@@ -99,6 +99,7 @@ class Library:
         self._changed = threading.Condition()
         self._turn = threading.Lock()  # one request at a time gathers its LoRAs, so that no two wait for each other
         self._mine = threading.local()
+        self._closed = False
         self._background = ThreadPoolExecutor(1, thread_name_prefix="multilora-library")
         for name in pinned:
             self.pin(name)
@@ -167,8 +168,8 @@ class Library:
         changed since it was loaded is loaded again; blocks that use the old one keep it.
 
         Raises UnknownName; ValueError for a file that is not admitted, and when these LoRAs and the pinned ones are
-        together above the limit; RuntimeError inside another such block of the same thread, which could wait for
-        itself.
+        together above the limit; RuntimeError after close(), and inside another such block of the same thread, which
+        could wait for itself.
         """
         names = list(dict.fromkeys(names))
         for name in names:
@@ -181,12 +182,13 @@ class Library:
         try:
             with self._turn:
                 with self._changed:
+                    self._check_open()
                     for name in names:
                         entry = self._current(name)
                         entry.users += 1
                         taken.append(entry)
-                for name in reversed(names[1:]):
-                    self._background.submit(self._ahead, name)
+                    for name in reversed(names[1:]):
+                        self._background.submit(self._ahead, name)
                 self._gather(taken)
             found = {entry.name: entry.lora for entry in taken}
             yield found
@@ -196,16 +198,19 @@ class Library:
             with self._changed:
                 for entry in taken:
                     entry.users -= 1
-                self._retired = [entry for entry in self._retired if entry.users or entry.state == _LOADING]
+                self._tidy()
                 self._changed.notify_all()
 
     def prefetch(self, name: str) -> Future[bool]:
         """Load a LoRA in the background, while the model runs, if others that nobody uses can make room for it.
 
-        The future's result says whether it is loaded; it raises what `using` would raise. Raises UnknownName.
+        The future's result says whether it is loaded; it raises what `using` would raise. Raises UnknownName, and
+        RuntimeError after close().
         """
         self.path(name)
-        return self._background.submit(self._fetch, name)
+        with self._changed:
+            self._check_open()
+            return self._background.submit(self._fetch, name)
 
     def _ahead(self, name: str) -> None:
         # The request that this is for meets the same error in its own thread.
@@ -224,9 +229,24 @@ class Library:
         return entry.state == _READY
 
     def close(self) -> None:
-        """Drop everything that nobody uses, after the load that is under way."""
+        """Drop everything that nobody uses, after the load that is under way; the rest when its blocks end.
+
+        From here on `using` and `prefetch` raise RuntimeError.
+        """
+        with self._changed:
+            self._closed = True
         self._background.shutdown(cancel_futures=True)
         with self._changed:
+            self._tidy()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this library of LoRAs is closed: close() was called; make a new Library")
+
+    def _tidy(self) -> None:
+        """Let go of old states of files that nobody uses any more; of everything unused when closed."""
+        self._retired = [entry for entry in self._retired if entry.users or entry.state == _LOADING]
+        if self._closed:
             for entry in self._entries.values():
                 if entry.state == _READY and not entry.users:
                     self._drop(entry)
@@ -308,6 +328,7 @@ class Library:
                         del self._entries[entry.name]
                 else:
                     self._keep(entry, lora)
+                self._tidy()  # its file may have changed meanwhile, and nobody have asked for the old one
                 self._changed.notify_all()
 
     def _load(self, entry: _Entry) -> Lora:

@@ -10,6 +10,8 @@ at one position are a jump, the second weight holds from that position on.
     0@5,1@6   0@0s,1@1s     a position above 1 is a step, and so are all others then; `s` says so for small ones
     1@7sigma,0@2sigma       by noise level, from high to low, linear in sigma
 
+A fraction and a step do not go together: `1@0.4,0@5` is refused, `1@0.4s,0@5s` and `1@0,0@5` are steps.
+
 Steps count from 0. The fraction of step i of n is i / (n - 1): the first step is at 0, the last at 1, so `0@0,1@1`
 reaches both of its weights; a run of one step is at 0. The spelling is that of sd-webui-loractl
 (github.com/cheald/sd-webui-loractl), whose fraction runs to 1 a step earlier, and of SD.Next.
@@ -64,9 +66,14 @@ def _unit(positions: list[tuple[float, str]], shown: Any) -> str:
     marked = {unit for _, unit in positions if unit}
     if len(marked) > 1 or (SIGMA in marked and any(unit != SIGMA for _, unit in positions)):
         raise ValueError(f"{shown!r} mixes sigmas with other positions: mark all with sigma or none; {ALLOWED}")
-    if marked:
-        return marked.pop()
-    return STEP if any(position > 1 for position, _ in positions) else FRACTION
+    unit = marked.pop() if marked else STEP if any(position > 1 for position, _ in positions) else FRACTION
+    fraction = next((p for p, own in positions if not own and 0 < p < 1), None)
+    if unit == STEP and fraction is not None:
+        raise ValueError(
+            f"{shown!r} mixes steps with the fraction {_short(fraction)}: write {_short(fraction)}s for a step, or "
+            f"all positions as fractions; {ALLOWED}"
+        )
+    return unit
 
 
 def _short(number: float) -> str:
@@ -207,6 +214,7 @@ class Schedule:
     def __str__(self) -> str:
         if self.constant is not None:
             return _short(self.constant)
-        # Steps need their mark only where no position above 1 says it.
-        unit = "" if self.unit == STEP and any(p > 1 for _, p in self.points) else self.unit
+        # Steps need their mark where no position above 1 says it, or one of them would be a fraction.
+        plain = any(p > 1 for _, p in self.points) and not any(0 < p < 1 for _, p in self.points)
+        unit = "" if self.unit == STEP and plain else self.unit
         return ",".join(f"{_short(w)}@{_short(p)}{unit}" for w, p in self.points)

@@ -17,7 +17,7 @@ from multilora import files
 from multilora.method import Bound, Method, resolve, unknown
 from multilora.pipelines import request, tasks
 from multilora.pipelines.clock import Clock
-from multilora.pipelines.composing import adapters_of, composing, denoiser_of, member, tagged
+from multilora.pipelines.composing import adapters_of, composing, denoiser_of, member
 from multilora.pipelines.denoise import Cancelled, Conductor
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.load import EMBEDDED, EMBEDDED_DEFAULTS, load_controlnet, load_pipeline
@@ -25,9 +25,8 @@ from multilora.pipelines.members import Member, fit_mask
 from multilora.pipelines.pictures import read_pictures, same_pictures
 from multilora.pipelines.preview import preview as latent_preview
 from multilora.pipelines.running import counted, fixed_randomness, fresh_scheduler, plain_latents
-from multilora.pipelines.shelf import named, served
+from multilora.pipelines.shelf import asked_for, remade, served
 from multilora.recipe import LoraUse, Recipe, Resolved
-from multilora.tags import parse_prompt
 
 __all__ = ["Cancelled", "Composed", "Composer", "composing"]
 
@@ -56,12 +55,14 @@ class Composer:
 
     The pipeline may be of any task; each picture is made by the class of its family that the picture's arguments ask
     for, with the same components. A ControlNet is the pipeline's own, a diffusers model, or a folder (see
-    load_controlnet). With a library (multilora.resident.Library) its LoRAs are loaded when a picture names them.
+    load_controlnet). With a library (multilora.resident.Library) its LoRAs are loaded when a picture or a recipe
+    names them; then prompts and recipes name no others than those and the composer's own, unless `paths` lets them
+    name files too.
     """
 
-    def __init__(self, pipe: Any, base: str = "", controlnet: Any = None, library: Any = None):
+    def __init__(self, pipe: Any, base: str = "", controlnet: Any = None, library: Any = None, *, paths: bool = False):
         self.component, self.denoiser = denoiser_of(pipe)
-        self.pipe, self.library = pipe, library
+        self.pipe, self.library, self.paths = pipe, library, paths
         self.controlnet_reference = str(controlnet) if isinstance(controlnet, (str, Path)) else ""
         if self.controlnet_reference:
             device, dtype = self.denoiser.device, self.denoiser.dtype
@@ -153,17 +154,6 @@ class Composer:
         name = getattr(getattr(self.controlnet, "config", None), "_name_or_path", "")
         return self.controlnet_reference or str(name or type(self.controlnet).__name__)
 
-    def _tagged(self, prompt: str, loras: Mapping[str, Any] | None) -> tuple[str, list[Member]]:
-        """The prompt without its `<lora:...>` tags, and the composer's members with the tagged ones added.
-
-        A tag that names a member gives that member its weight for this picture.
-        """
-        clean, tags = parse_prompt(prompt)
-        members = dict(self.loras)
-        for tag in (*tags, *named(loras)):
-            members[tag.name] = tagged(self.pipe, tag, members.get(tag.name))
-        return clean, list(members.values())
-
     @served
     @torch.no_grad()
     def __call__(
@@ -229,7 +219,7 @@ class Composer:
         bound = resolve("route", method, **{**(options or {}), **method_options})
         task, cls = self._class_for(pictures)
         request.text("prompt", prompt)
-        prompt, members = self._tagged(prompt, loras)
+        prompt, members = asked_for(self, prompt, loras)
         asked = request.checked(
             self.pipe,
             cls,
@@ -334,54 +324,33 @@ class Composer:
             mine = self._controlnet_name if self.controlnet is not None else "none"
             raise ValueError(f"this recipe is for ControlNet {recipe.controlnet!r}, this composer holds {mine}")
         inputs = same_pictures(recipe.pictures, pictures or {})
-        again = Composer.__new__(type(self))
-        again.__dict__.update({**self.__dict__, "loras": {}})
-        for use in recipe.loras:
-            own = self.loras.get(use.name)
-            source = use.reference or (own.lora if own else None)
-            if source is None:
-                raise ValueError(f"LoRA {use.name!r} of the recipe has no file; add it under that name first")
-            again.add(
-                source,
-                name=use.name,
-                weight=use.weight,
-                text_encoder_weight=use.text_encoder_weight,
-                blocks=use.blocks,
-                positive_only=use.positive_only,
-                mask=use.mask or (own.mask if own else None),
-            )
-            found = again.loras[use.name].lora.card.sha256
-            if use.sha256 and found and found != use.sha256:
-                raise ValueError(
-                    f"LoRA {use.name!r} at {use.reference!r} is not the file of the recipe: sha256 {found[:12]}, the "
-                    f"recipe has {use.sha256[:12]}"
-                )
         resolved = recipe.resolved
-        out = again(
-            recipe.prompt,
-            recipe.negative_prompt,
-            recipe.method,
-            recipe.options,
-            seed=recipe.seed,
-            num_inference_steps=recipe.steps,
-            guidance_scale=recipe.guidance_scale,
-            width=recipe.width,
-            height=recipe.height,
-            num_images_per_prompt=recipe.images,
-            scheduler=recipe.scheduler,
-            **inputs,
-            strength=recipe.strength,
-            controlnet_conditioning_scale=recipe.controlnet_conditioning_scale,
-            true_cfg_scale=recipe.true_cfg_scale,
-            pipeline_options=recipe.pipeline_options,
-            scheduler_config=recipe.scheduler_config,
-            text_encoder=recipe.text_encoder,
-            cache=recipe.cache or None,
-            scale=recipe.scale,
-            form=resolved.form if resolved else "auto",
-            passes_per_call=resolved.passes_per_call if resolved else None,
-            **callbacks,
-        )
+        with remade(self, recipe) as again:
+            out = again(
+                recipe.prompt,
+                recipe.negative_prompt,
+                recipe.method,
+                recipe.options,
+                seed=recipe.seed,
+                num_inference_steps=recipe.steps,
+                guidance_scale=recipe.guidance_scale,
+                width=recipe.width,
+                height=recipe.height,
+                num_images_per_prompt=recipe.images,
+                scheduler=recipe.scheduler,
+                **inputs,
+                strength=recipe.strength,
+                controlnet_conditioning_scale=recipe.controlnet_conditioning_scale,
+                true_cfg_scale=recipe.true_cfg_scale,
+                pipeline_options=recipe.pipeline_options,
+                scheduler_config=recipe.scheduler_config,
+                text_encoder=recipe.text_encoder,
+                cache=recipe.cache or None,
+                scale=recipe.scale,
+                form=resolved.form if resolved else "auto",
+                passes_per_call=resolved.passes_per_call if resolved else None,
+                **callbacks,
+            )
         out.recipe = out.recipe.model_copy(update={"index": recipe.index})
         return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,14 +38,43 @@ def fresh_scheduler(pipe: Any, name: str | None, config: Mapping[str, Any] | Non
 
 @contextlib.contextmanager
 def fixed_randomness(device: torch.device) -> Iterator[None]:
-    """torch's global generator seeded for the block, and as it was after it.
+    """torch's global generators of the CPU and of `device` seeded for the block, and as they were after it.
 
     Not every random number of a pipeline comes from its `generator`: SD3's ControlNet encodes the control image with
     the global one. The seed is the same for every picture, so that picture i of several is the lone one of seed + i.
+
+    The generators are the process's own. Of blocks that overlap in several threads the first one keeps their states
+    and the last one puts them back; SD3's ControlNets in two threads at once may share what is drawn in between.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-        torch.manual_seed(0)
+    own = _generators(device)
+    with _RANDOM:
+        for name, generator in own.items():
+            users, state = _kept.get(name) or (0, generator.get_state())
+            _kept[name] = (users + 1, state)
+            generator.manual_seed(0)
+    try:
         yield
+    finally:
+        with _RANDOM:
+            for name, generator in own.items():
+                users, state = _kept.pop(name)
+                if users > 1:
+                    _kept[name] = (users - 1, state)
+                else:
+                    generator.set_state(state)
+
+
+_RANDOM = threading.Lock()
+_kept: dict[str, tuple[int, torch.Tensor]] = {}  # generator -> (blocks that run, its state before the first of them)
+
+
+def _generators(device: torch.device) -> dict[str, torch.Generator]:
+    """The global generators that a picture on `device` may draw from. `torch.manual_seed` would seed all devices'."""
+    found = {"cpu": torch.default_generator}
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found[f"cuda:{index}"] = torch.cuda.default_generators[index]
+    return found
 
 
 @contextlib.contextmanager

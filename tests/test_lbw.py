@@ -8,6 +8,7 @@ from multilora.lora import Lora
 from multilora.method import UnknownName
 from multilora.pipelines.composing import composing, member
 from multilora.pipelines.image import Composer
+from multilora.pipelines.shelf import asked_for
 from tests import handloop, tiny
 
 # Written out by hand from SD 1.5's, SDXL's and FLUX.1's own layer lists: block -> starts of diffusers' module paths.
@@ -278,7 +279,7 @@ def test_a_prompts_tag_gives_its_options_to_the_member():
     composer = Composer(tiny.sd15())
     lora = tiny.lora_for(composer.pipe, rank=2, text_encoder=True)
     composer.add(lora, name="fox", weight=0.3, positive_only=True)
-    clean, members = composer._tagged("a fox <lora:fox:0.5:0.8:lbw=IN01:start=0.5>", None)
+    clean, members = asked_for(composer, "a fox <lora:fox:0.5:0.8:lbw=IN01:start=0.5>", None)
     assert clean == "a fox"
     (found,) = members
     assert str(found.weight) == "0@0.5,0.8@0.5"

@@ -294,6 +294,46 @@ def test_a_file_that_expands_counts_with_its_tensors(folder, monkeypatch):
     assert library.loads > reads
 
 
+def test_an_old_state_of_a_file_that_nobody_uses_is_not_counted(folder):
+    """The file changes after it was read ahead and before it is on the shelf, and is asked for again."""
+    library = Library(folder, limit_bytes=size_of(folder))
+    original = library._load
+
+    def load(entry):
+        lora = original(entry)
+        if entry.name == "l0" and library.loads == 0:
+            files.save(small(5), folder / "l0.safetensors", format="diffusers")
+            with library._changed:
+                library._current("l0")
+        return lora
+
+    library._load = load
+    library.prefetch("l0").result(WAIT)
+    assert library.loads == 1
+    assert library.resident_bytes == 0
+    thread = started(lambda: library.using(["l1"]).__enter__())  # would wait for ever for room
+    ended(thread)
+    assert library.resident == ("l1",)
+
+
+def test_a_closed_library_says_so_and_keeps_nothing(folder):
+    library = Library(folder, limit_bytes=4 * size_of(folder))
+    with library.using(["l0"]) as loras:
+        assert library.prefetch("l1").result(WAIT)
+        library.close()
+        assert library.resident == ("l0",)
+        assert is_small(loras["l0"], 0)
+    assert library.resident_bytes == 0
+    for names in (["l0"], ["l0", "l1"], []):
+        with pytest.raises(RuntimeError, match="library of LoRAs is closed"), library.using(names):
+            pass
+    with pytest.raises(RuntimeError, match="library of LoRAs is closed"):
+        library.prefetch("l0")
+    with pytest.raises(UnknownName):
+        library.prefetch("none")
+    library.close()
+
+
 # -- threads ---------------------------------------------------------------------------------------------------------
 
 
