@@ -60,14 +60,14 @@ def load_dino(folder: str, device: str = "cpu") -> Dino:
 
     Raises ValueError when there is none, and why.
     """
-    from transformers import AutoImageProcessor, AutoModel
-
     path, kind = Path(folder).expanduser(), model_type(folder)
     if kind not in POOLED + PLAIN:
         raise ValueError(
             f"DINO {folder!r}: wanted a folder whose config.json says one of {', '.join(POOLED + PLAIN)}, got "
             f"{kind or 'no config.json with a model_type'}"
         )
+    from transformers import AutoImageProcessor, AutoModel
+
     try:
         model, report = AutoModel.from_pretrained(
             str(path), dtype=torch.float32, local_files_only=True, output_loading_info=True,

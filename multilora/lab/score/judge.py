@@ -211,24 +211,38 @@ class Judge:
         return Estimate(len(prompts), calls, 2 * calls, read, written, money)
 
     def compare(self, pairs: Sequence[tuple[Image.Image, Image.Image, str]]) -> Iterator[Verdict]:
-        """A verdict per (first picture, second picture, prompt), in order, as they come.
+        """A verdict per (first picture, second picture, prompt), in order, as they come. Equal pictures are a tie that
+        is not asked about.
 
         Raises ScoreFailed when the model cannot be asked any more; what was answered is kept and not asked again.
         """
         asked = [(a, b, p) if turn == 0 else (b, a, p) for a, b, p in pairs for turn in (0, 1)]
-        pool = ThreadPoolExecutor(max_workers=max(1, self.answerer.parallel))
+        pool, ended = ThreadPoolExecutor(max_workers=max(1, self.answerer.parallel)), threading.Event()
         try:
-            answers = [pool.submit(self._asked, *one) for one in asked]
+            answers = [pool.submit(self._asked, *one, ended) for one in asked]
             for straight, turned in zip(answers[::2], answers[1::2], strict=True):
                 there, back = straight.result(), turned.result()
                 yield Verdict((_named(there, "first", "second"), _named(back, "second", "first")))
         finally:
+            ended.set()
             pool.shutdown(cancel_futures=True)
 
-    def _asked(self, a: Image.Image, b: Image.Image, prompt: str) -> str | None:
-        """ "A", "B" or "TIE" of one order; None after `tries` unreadable answers or a refusal."""
-        question = self.question(prompt)
-        thing = hashlib.sha256(f"{picture_hash(a)} {picture_hash(b)} {prompt}".encode()).hexdigest()
+    def _asked(self, a: Image.Image, b: Image.Image, prompt: str, ended: threading.Event) -> str | None:
+        """ "A", "B" or "TIE" of one order; None after `tries` unreadable answers or a refusal.
+
+        Once one question has failed for good, or nobody listens any more, `ended` keeps the others from being asked.
+        """
+        try:
+            return None if ended.is_set() else self._verdict(a, b, prompt)
+        except BaseException:
+            ended.set()
+            raise
+
+    def _verdict(self, a: Image.Image, b: Image.Image, prompt: str) -> str | None:
+        question, hashes = self.question(prompt), (picture_hash(a), picture_hash(b))
+        if hashes[0] == hashes[1]:
+            return "TIE"
+        thing = hashlib.sha256(f"{' '.join(hashes)} {prompt}".encode()).hexdigest()
         verdict = self._kept(thing)
         for turn in range(0 if verdict else self.tries):
             try:

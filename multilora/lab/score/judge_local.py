@@ -77,14 +77,14 @@ def load_vlm(folder: str, device: str = "cpu") -> LocalVlm:
 
     Raises ValueError when there is none, it is incomplete, or it has no chat template.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise ValueError(
             f"judge model {folder!r}: wanted the folder of a vision-language model of transformers; {path} has no "
             "config.json. For a model behind a server give its url too"
         )
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             str(path), dtype=torch.float32 if device == "cpu" else torch.bfloat16, local_files_only=True,
