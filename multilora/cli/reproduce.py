@@ -1,0 +1,38 @@
+"""`multilora reproduce`: the papers' claims measured on the embedded text model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multilora.cli import arguments
+
+
+def reproduce(
+    name: Annotated[list[str] | None, typer.Argument(help="experiments; all by default")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of text.md and text/")] = Path("out/reproduce"),
+    quick: Annotated[bool, typer.Option("--quick", help="a few questions each, to see that it runs")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="list the experiments and stop")] = False,
+) -> None:
+    """Measure what papers claim on the embedded text model; run again to go on where it stopped."""
+    from multilora.cli.console import note, print_table
+    from multilora.lab.reproduce.bench import FULL, SMOKE
+    from multilora.lab.reproduce.page import NAMES, experiment, measured, verdict_line
+    from multilora.lab.reproduce.page import reproduce as run
+    from multilora.lab.world.report import Journal
+
+    found = [experiment(one) for one in name or NAMES]
+    if listed:
+        print_table(("experiment", "claim"), [(one.name, one.claim) for one in found])
+        return
+    arguments.check_folder(out)
+    page = run(
+        name or (), out, size=SMOKE if quick else FULL, echo=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    journal = Journal(out / "text" / "report.jsonl")
+    for one in measured(journal):
+        note(f"{one.title}: {verdict_line(one, journal)}")
+    print(page)

@@ -1,0 +1,91 @@
+"""All experiments on the embedded text model: run, and written as docs/text.md with a figure each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from multilora.lab.reproduce.bench import Bench, Experiment, Size
+from multilora.lab.world.report import Journal
+from multilora.method import unknown
+from multilora.recipe import save_png
+
+# name -> first part of its keys in the journal
+NAMES = {"addition": "addition", "negation": "negation", "analogy": "analogy", "few_shot": "few_shot",
+         "lorahub_text": "lorahub", "fisher_text": "fisher"}  # fmt: skip
+HEAD = """# Weights on language: what the papers claim, on the embedded text model
+
+Measured by `multilora reproduce`, which also wrote this page; `docs/text/report.jsonl` holds every count. The model is
+the embedded one (`assets/text/README.md`): a Llama of 0.9 million parameters that was trained here on generated
+questions. What holds on it need not hold on a large model, and the other way round.
+
+Prompts of all figures are held out: no training, search or choice of a number saw them. Numbers that a method leaves
+open (a weight, a strength, λ) are chosen on training prompts. An interval after counts is Wilson's, after n it is
+bootstrapped; both 95%.
+
+"Holds" is decided by a rule written before the figures were there, in the function `verdict` of each file in
+`multilora/lab/reproduce/`.
+"""
+
+
+def experiment(name: str) -> Experiment:
+    """Raises UnknownName."""
+    if name not in NAMES:
+        raise unknown("experiment", name, NAMES)
+    return importlib.import_module(f"multilora.lab.reproduce.{name}").EXPERIMENT
+
+
+def reproduce(
+    names: Sequence[str] = (), docs: str | Path = "docs", *, work: str | Path | None = None, size: Size | None = None,
+    echo: Callable[[str], None] = print,
+) -> Path:  # fmt: skip
+    """Measure experiments (all by default), then write the page of all that was measured; the page's path.
+
+    docs  folder of text.md and text/, which holds report.jsonl (run again to go on from it) and the figures
+    work  folder for what is trained on the way, `docs`/text/work by default; not needed afterwards
+    size  bench.FULL by default
+
+    Raises UnknownName for another experiment before anything runs.
+    """
+    found = [experiment(name) for name in names or NAMES]
+    folder = Path(docs) / "text"
+    work = folder / "work" if work is None else Path(work)
+    bench = Bench.embedded(folder / "report.jsonl", work, *(() if size is None else (size,)), echo=echo)
+    for one in found:
+        echo(one.title)
+        one.measure(bench)
+    return write(bench.journal, Path(docs))
+
+
+def measured(journal: Journal) -> list[Experiment]:
+    return [experiment(name) for name, part in NAMES.items() if journal.of(part)]
+
+
+def verdict_line(one: Experiment, journal: Journal) -> str:
+    holds, why = one.verdict(journal)
+    return f"**{'Holds' if holds else 'Does not hold'} here.** {why[:1].upper()}{why[1:]}."
+
+
+def text(journal: Journal) -> str:
+    """The page. Raises ValueError when nothing was measured."""
+    found = measured(journal)
+    if not found:
+        raise ValueError(f"{journal.path}: nothing was measured; run `multilora reproduce`")
+    parts = [HEAD]
+    for one in found:
+        parts.append(
+            f"## {one.title}\n\nClaim ({one.paper}): {one.claim}.\n\n{verdict_line(one, journal)}\n\n"
+            f"![{one.title}](text/{one.name}.png)\n\n{one.tables(journal)}\n"
+        )
+    return "\n".join(parts)
+
+
+def write(journal: Journal, docs: Path) -> Path:
+    """docs/text.md and docs/text/<name>.png out of a journal."""
+    said = text(journal)
+    for one in measured(journal):
+        save_png(one.figure(journal), docs / "text" / f"{one.name}.png")
+    path = docs / "text.md"
+    path.write_text(said)
+    return path
