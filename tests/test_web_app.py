@@ -1,7 +1,8 @@
-"""The page on the service: the same picture as without it, refusals in words, the command."""
+"""The app on the service: its endpoints, the same picture as without it, refusals in words, the command."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import subprocess
@@ -9,60 +10,33 @@ import sys
 import time
 import urllib.request
 
-import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
 
-from multilora.web.app import build
-from multilora.web.compose import drawn
+from multilora.web.app import PAGES, build
 from multilora.web.service import Limits, Service
 
 
 @pytest.fixture(scope="module")
-def service():
+def app():
     with Service(engine="tests.service_engine:Stub", limits=Limits(waiting=2, seconds=60, prompt=100)) as service:
-        yield service
+        yield build(service)
 
 
-def test_a_drawing_tells_its_steps_and_ends_with_picture_and_settings(service):
-    said = list(drawn(service, service.session("ann"), "a fox", ["korv", "dotta"], "switch", 0.5, 77))
-    image, settings = said[-1]
-    assert image.getpixel((0, 0)) == (77, 0, 0)
-    assert "Seed: 77" in settings
-    assert "<lora:korv:0.5> <lora:dotta:0.5>" in settings
-    assert "switch" in settings
-    assert "step" in said[-2][1]
+def test_every_public_endpoint_has_a_docstring_and_types_and_the_pages_own_events_are_hidden(app):
+    public = {f.api_name: f for f in app.fns.values() if f.api_visibility == "public"}
+    assert {"compose", "compose_recipe", "compare_methods", "read_recipe", "share_recipe", "list_methods"} <= {*public}
+    for name, made in public.items():
+        assert not str(name).startswith(("lambda", "_")), name
+        assert inspect.getdoc(made.fn), name
+        missing = [p for p in inspect.signature(made.fn).parameters.values() if p.annotation is p.empty]
+        assert not missing, (name, missing)
 
 
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"names": ["../secret"]}, "'../secret' is not in your library"),
-        ({"prompt": "x" * 101}, "100"),
-        ({"seed": -1}, "seed"),
-    ],
-)
-def test_what_is_refused_is_said_in_words_and_nothing_runs(service, changed, words):
-    asked = {"prompt": "a fox", "names": [], "method": "merge", "weight": 1.0, "seed": 1, **changed}
-    with pytest.raises(gr.Error, match=words):
-        list(drawn(service, service.session("bob"), **asked))
-    assert not any(job.session == "bob" for job in service._line.jobs())
-
-
-def test_leaving_a_drawing_cancels_it(service, tmp_path):
-    going = drawn(service, service.session("eve"), "a fox", [], "merge", 1.0, 3)
-    next(going)
-    going.close()
-    deadline = time.monotonic() + 30
-    while any(job.session == "eve" for job in service._line.jobs()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(job.session == "eve" for job in service._line.jobs())
-
-
-def test_the_page_has_one_named_endpoint(service):
-    named = [f.api_name for f in build(service).fns.values() if f.api_name and f.api_visibility == "public"]
-    assert named == ["compose"]
+def test_there_is_a_tab_for_every_page(app):
+    tabs = [block.label for block in app.blocks.values() if type(block).__name__ == "Tab"]
+    assert [title for _, title, _ in PAGES] == [label for label in tabs if label in {title for _, title, _ in PAGES}]
 
 
 @pytest.mark.long
@@ -71,6 +45,7 @@ def test_the_command_serves_the_picture_of_a_lone_run(command, tmp_path):
     from gradio_client import Client
 
     from multilora.pipelines.image import Composer
+    from multilora.recipe import Recipe
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,16 +55,17 @@ def test_the_command_serves_the_picture_of_a_lone_run(command, tmp_path):
     try:
         _until_ready(f"http://127.0.0.1:{port}/healthz", server)
         client = Client(f"http://127.0.0.1:{port}", verbose=False, download_files=tmp_path)
-        path, settings = client.predict("a korv fox", ["korv"], "merge", 0.8, 7, api_name="/compose")
+        korv = {"reference": "korv", "weight": 0.8}
+        path, about = client.predict("a korv fox", [korv], seed=7, steps=6, api_name="/compose")
     finally:
         server.terminate()
         assert server.wait(60) == 0
     composer = Composer.from_pretrained("embedded", device="cpu")
     composer.add("korv", weight=0.8)
-    alone = composer("a korv fox", method="merge", seed=7).images[0]
+    alone = composer("a korv fox", method="merge", seed=7, num_inference_steps=6).images[0]
     with Image.open(path) as image:
         assert np.abs(np.asarray(image.convert("RGB"), int) - np.asarray(alone, int)).max() <= 1  # threads may differ
-    assert "Seed: 7" in settings
+    assert Recipe.from_png(path).seed == about["recipe"]["seed"] == 7
 
 
 def _until_ready(address: str, server: subprocess.Popen) -> None:

@@ -6,6 +6,7 @@ A page is a module of this folder with `page(shell)`, which builds its blocks, a
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,25 +14,62 @@ import gradio as gr
 from multilora.web.service import Service
 from multilora.web.shell import Shell
 
-# id of the tab (also of a link: `?page=compose`), its title, the module
-PAGES = (("compose", "Compose", "multilora.web.compose"),)
+# id of the tab (`?page=compose` opens it), its title, the module. Recipe fills the controls of Compose, built before.
+PAGES = (
+    ("compose", "Compose", "multilora.web.compose"),
+    ("merge", "Merge", "multilora.web.merge"),
+    ("library", "Library", "multilora.web.library"),
+    ("recipe", "Recipe", "multilora.web.recipe"),
+)
+STYLE = Path(__file__).parent / "static" / "app.css"
+DARK = """() => {
+  const dark = document.body.classList.toggle("dark");
+  localStorage.setItem("multilora-dark", dark ? "1" : "0");
+}"""
+# What was chosen last time, else what the system says, which gradio follows by itself.
+REMEMBER = """() => {
+  const chosen = localStorage.getItem("multilora-dark");
+  if (chosen !== null && !location.search.includes("__theme")) document.body.classList.toggle("dark", chosen === "1");
+}"""
 
 
 def build(service: Service) -> gr.Blocks:
     """The app with every page on this service."""
-    with gr.Blocks(title="multilora", analytics_enabled=False) as app:
-        gr.Markdown("# multilora\nSeveral LoRAs in one picture.")
+    with gr.Blocks(title="multilora", analytics_enabled=False, delete_cache=(3600, 6 * 3600)) as app:
+        with gr.Row(elem_classes="ml-title-bar"):
+            gr.Markdown("# multilora\nSeveral LoRAs in one picture.")
+            dark = gr.Button("Light / dark", size="sm", min_width=110)
+        dark.click(None, None, None, js=DARK, api_visibility="private")
         library = gr.State("")
         with gr.Tabs(selected=PAGES[0][0]) as tabs:
             shell = Shell(service, app, tabs, library)
             for name, title, module in PAGES:
                 with gr.Tab(title, id=name):
                     importlib.import_module(module).page(shell)
+
+        def wanted(request: gr.Request) -> Any:
+            """Open the page that the link names."""
+            page = request.query_params.get("page", "")
+            return gr.Tabs(selected=page) if page in [name for name, *_ in PAGES] else gr.skip()
+
+        app.load(wanted, None, tabs, queue=False, show_progress="hidden", api_visibility="private")
+        app.load(None, None, None, js=REMEMBER, api_visibility="private")
     return app
+
+
+def look() -> dict[str, Any]:
+    """Theme and style, for gradio's `launch`. Fonts are the system's: nothing is loaded from elsewhere."""
+    theme = gr.themes.Default(
+        primary_hue="blue",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    return {"theme": theme, "css_paths": [STYLE]}
 
 
 def launch(service: Service, **options: Any) -> None:
     """Serve the app until the process is interrupted; options are gradio's `launch`'s."""
     app = build(service)
     app.queue(default_concurrency_limit=service.limits.waiting + len(service.workers))
-    app.launch(**options)
+    app.launch(**{**look(), **options})

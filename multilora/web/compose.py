@@ -1,79 +1,291 @@
-"""The Compose page: prompt, LoRAs, method and settings become a picture."""
+"""The Compose page: prompt, LoRAs, method and settings become a picture, or one picture per method."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
-from multilora.method import methods
-from multilora.recipe import LoraUse, Recipe
-from multilora.web.service import Compose, Entry, Service, Session
+from multilora.recipe import Recipe
+from multilora.web import compare, elsewhere, history, words
+from multilora.web.asked import recipe_of, settings_of
+from multilora.web.compose_api import endpoints
+from multilora.web.controls import Controls
+from multilora.web.service import Base, Compose, Job, Refused, Session
 from multilora.web.shell import Shell
+
+TOLD_EVERY = 0.1  # seconds between two messages to the browser
+READY = "Ready. Click LoRAs, write a prompt, then Draw."
+
+
+class Running:
+    """The job that each browser tab waits for, for Stop."""
+
+    def __init__(self):
+        self._jobs: dict[str, Job] = {}
+
+    def began(self, request: gr.Request, job: Job) -> None:
+        """Only the newest job of a tab is stopped by its button."""
+        self._jobs[request.session_hash or ""] = job
+
+    def ended(self, request: gr.Request, job: Job) -> None:
+        """Forget it."""
+        if self._jobs.get(request.session_hash or "") is job:
+            del self._jobs[request.session_hash or ""]
+
+    def stop(self, request: gr.Request) -> None:
+        """Cancel the tab's job, if it has one."""
+        job = self._jobs.get(request.session_hash or "")
+        if job is not None:
+            job.cancel()
+
+
+class Result:
+    """The components that show one picture and what may be done with it; `of` gives their values."""
+
+    def __init__(self):
+        self.picture = gr.Image(
+            label="Picture", show_label=False, interactive=False, type="filepath", format="webp",
+            buttons=["fullscreen"], elem_id="ml-picture", placeholder=words.EMPTY, height=420,
+        )  # fmt: skip
+        self.name = gr.Textbox(visible=False)
+        with gr.Row():
+            self.download = gr.DownloadButton(
+                "Download PNG with its recipe", interactive=False, size="md", elem_id="ml-download"
+            )
+            self.restore = gr.Button("Back to its settings", interactive=False, size="md", elem_id="ml-again")
+        self.scores = gr.HTML("", apply_default_css=False, elem_id="ml-scores")
+        with gr.Accordion("Use it elsewhere: link, command, Python", open=False):
+            common = {"interactive": False, "wrap_lines": True, "show_line_numbers": False, "buttons": ["copy"]}
+            self.link = gr.Code("", label="Link: opens this app with these settings", lines=2, **common)
+            self.command = gr.Code("", language="shell", label="Command line", lines=2, **common)
+            self.python = gr.Code("", language="python", label="Python", lines=4, **common)
+        self.components = [self.picture, self.name, self.download, self.restore, self.scores, self.link, self.command,
+                           self.python]  # fmt: skip
+
+    def of(self, found: history.Kept, request: gr.Request) -> dict[Any, Any]:
+        """Values of the components for a picture of the history."""
+        path, recipe = str(found.path), found.recipe
+        return {
+            self.picture: path,
+            self.name: found.path.name,
+            self.download: gr.DownloadButton(value=path, interactive=True),
+            self.restore: gr.Button(interactive=True),
+            self.scores: words.scores(found.scores),
+            self.link: elsewhere.link(recipe, _address(request)),
+            self.command: elsewhere.command(recipe),
+            self.python: elsewhere.python(recipe),
+        }
 
 
 def page(shell: Shell) -> None:
-    """The page, built from the library and the method records."""
-    service = shell.service
-    choices = [(f"{name.replace('_', ' ')}: {record.title}", name) for name, record in methods("route").items()]
+    """The page, with its part of the API."""
+    service, running = shell.service, Running()
+    private = {"api_visibility": "private", "show_progress": "hidden"}
+    restored = gr.State(None)
+    with gr.Row(elem_classes="ml-columns"):
+        with gr.Column(scale=6, min_width=320):
+            controls = Controls(service)
+        with gr.Column(scale=5, min_width=320, elem_classes="ml-result"):
+            with gr.Row(elem_classes="ml-buttons"):
+                draw = gr.Button("Draw", variant="primary", size="md", elem_id="ml-draw")
+                several = gr.Button("Compare methods", size="md", elem_id="ml-compare")
+                stop = gr.Button("Stop", variant="stop", size="md", interactive=False, elem_id="ml-stop")
+            state = gr.HTML(words.status("Loading the model…", "busy"), apply_default_css=False, elem_id="ml-state")
+            remarks = gr.HTML("", apply_default_css=False)
+            with gr.Tabs(selected="one") as tabs:
+                with gr.Tab("Picture", id="one"):
+                    result = Result()
+                with gr.Tab("Comparison", id="several"):
+                    sheet = compare.Sheet()
+            with gr.Accordion("History of this session", open=True):
+                past = gr.Gallery(
+                    show_label=False, columns=6, height=260, allow_preview=False, object_fit="contain",
+                    fit_columns=False, interactive=False, elem_id="ml-history", buttons=[],
+                )  # fmt: skip
 
-    def compose(
-        prompt: str, names: list[str], method: str, weight: float, seed: float, request: gr.Request
-    ) -> Iterator[tuple[Any, str]]:
-        """Draw the prompt with these LoRAs; yields previews, then the picture and its settings as text."""
-        yield from drawn(service, shell.session(request), prompt, names, method, weight, int(seed))
+    buttons = [draw, several, stop]
 
-    with gr.Row():
-        with gr.Column():
-            prompt = gr.Textbox(label="Prompt, with the triggers of the LoRAs", lines=2)
-            loras = gr.Dropdown(_listed(service.library(service.session("page"))), label="LoRAs", multiselect=True)
-            method = gr.Dropdown(choices, value="merge", label="Method")
-            weight = gr.Slider(0, 2, 1, step=0.05, label="Weight of each LoRA")
-            seed = gr.Number(7, label="Seed", precision=0, minimum=0)
-            button = gr.Button("Draw", variant="primary")
-            stop = gr.Button("Stop")
-        with gr.Column():
-            picture = gr.Image(label="Picture", format="png")
-            settings = gr.Textbox(label="Settings", lines=3)
-    running = button.click(compose, [prompt, loras, method, weight, seed], [picture, settings], api_name="compose")
-    stop.click(None, cancels=[running])  # closes the generator, which cancels the job
+    def pressed(busy: bool) -> dict[Any, Any]:
+        return {
+            draw: gr.Button(interactive=not busy),
+            several: gr.Button(interactive=not busy),
+            stop: gr.Button(interactive=busy),
+        }
+
+    def gallery(session: Session) -> list[str]:
+        return [str(path) for path in history.files(session)]
+
+    def one(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        """Draw what the controls say; yields what changes on the page."""
+        session, before = shell.session(request), values[-1]
+        yield {**pressed(True), tabs: gr.Tabs(selected="one"), remarks: "", state: words.status("asking", "busy", 0.0)}
+        try:
+            settings, flags = controls.read(values[:-1])
+            recipe, masks = recipe_of(service, session, settings, before)
+            job = service.submit(Compose(recipe=recipe, masks=masks, **flags), session)
+            running.began(request, job)
+            try:
+                for event in told(job):
+                    if event.kind in ("queued", "progress"):
+                        yield {state: words.progress(event)}
+                    elif event.kind == "preview":
+                        yield {result.picture: event.image}
+                    elif event.kind == "note":
+                        yield {remarks: words.notes([event.message])}
+            finally:
+                running.ended(request, job)
+            if job.last.kind == "cancelled":
+                yield {state: words.status("Stopped; there is no picture."), result.picture: None, **pressed(False)}
+                return
+            made = job.result().pictures[0]
+        except ValueError as error:  # Refused and pydantic's are ValueErrors
+            yield {state: words.status(str(error), "error"), **pressed(False)}
+            return
+        found = history.keep(session, made)
+        line = f"Done in {made.seconds:.1f} s: {made.recipe.method.replace('_', ' ')}, seed {made.recipe.seed}"
+        yield {
+            **result.of(found, request),
+            state: words.status(line, "done"),
+            past: gallery(session),
+            **pressed(False),
+        }
+
+    def many(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        """Draw it under every method that is ticked; yields what changes on the page."""
+        session, before = shell.session(request), values[-1]
+        yield {
+            **pressed(True),
+            tabs: gr.Tabs(selected="several"),
+            remarks: "",
+            state: words.status("asking", "busy", 0.0),
+        }
+        drawn: list[history.Kept] = []
+        try:
+            wanted = compare.request(service, session, controls, values[:-1], before)
+            job = service.submit(wanted, session)
+            running.began(request, job)
+            try:
+                for event in told(job):
+                    if event.kind in ("queued", "progress"):
+                        yield {state: words.progress(event)}
+                    elif event.kind == "note":
+                        yield {remarks: words.notes([event.message])}
+                    elif event.kind == "picture":
+                        drawn.append(history.keep(session, event.picture))
+                        yield sheet.of(drawn)
+            finally:
+                running.ended(request, job)
+            if job.last.kind == "cancelled":
+                yield {state: words.status(f"Stopped after {len(drawn)} pictures."), past: gallery(session),
+                       **pressed(False)}  # fmt: skip
+                return
+            job.result()
+        except ValueError as error:
+            yield {state: words.status(str(error), "error"), past: gallery(session), **pressed(False)}
+            return
+        line = f"Done in {sum(k.seconds for k in drawn):.1f} s: {len(drawn)} methods, one seed"
+        yield {**result.of(drawn[0], request), state: words.status(line, "done"), past: gallery(session),
+               **pressed(False)}  # fmt: skip
+
+    inputs = [*controls.components, restored]
+    shown = [*result.components, state, remarks, past, tabs, *buttons]
+
+    def mistaken() -> dict[Any, Any]:
+        """Something went wrong here that has no words for the user."""
+        return {**pressed(False), state: words.status("This server made a mistake; please try again.", "error")}
+
+    for start in (draw.click, controls.prompt.submit):
+        going = start(one, inputs, shown, trigger_mode="once", **private)
+        going.failure(mistaken, None, [state, *buttons], queue=False, **private)
+    going = several.click(many, inputs, [*shown, *sheet.components], trigger_mode="once", **private)
+    going.failure(mistaken, None, [state, *buttons], queue=False, **private)
+    stop.click(running.stop, None, None, queue=False, **private)
+
+    def pick(request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
+        """Show a picture of the history."""
+        listed = history.files(shell.session(request))
+        if event.index >= len(listed):
+            return {state: words.status("This picture is no longer kept.", "error")}
+        return {**result.of(history.kept(shell.session(request), listed[event.index].name), request),
+                tabs: gr.Tabs(selected="one")}  # fmt: skip
+
+    past.select(pick, None, shown, queue=False, **private)
+
+    def restore(recipe: Recipe, session: Session) -> list[Any]:
+        """Values of `shell.controls` for a recipe. Raises Refused when it cannot be restored."""
+        found, told_of = settings_of(service, session, recipe)
+        values = controls.write(found.settings)
+        line = f"Settings restored: {recipe.method.replace('_', ' ')}, seed {recipe.seed + recipe.index}"
+        return [*values, found, words.status(line, "done"), words.notes(told_of)]
+
+    shell.controls = [*controls.components, restored, state, remarks]
+    shell.restore = restore
+
+    def again(name: str, request: gr.Request) -> list[Any]:
+        """The settings of the picture that is shown."""
+        session = shell.session(request)
+        try:
+            return restore(history.kept(session, name).recipe, session)
+        except ValueError as error:
+            return [*[gr.skip()] * (len(shell.controls) - 2), words.status(str(error), "error"), ""]
+
+    result.restore.click(again, result.name, shell.controls, queue=False, **private)
+
+    def opened(request: gr.Request) -> Iterator[dict[Any, Any]]:
+        """A browser opens the page: its library and history at once, the base's own settings when it is loaded."""
+        session = shell.session(request)
+        yield {controls.loras: controls.on_shelf(service.library(session)), past: gallery(session)}
+        try:
+            facts = service.about()
+            yield {**controls.defaults(facts), state: words.status(READY)}
+            asked = request.query_params.get(elsewhere.LINK)
+            if asked:
+                values = restore(elsewhere.unpacked(asked), session)
+                yield dict(zip(shell.controls, values, strict=True))
+        except ValueError as error:
+            yield {state: words.status(str(error), "error")}
+
+    shell.app.load(opened, None, [*controls.components, restored, state, remarks, past], **private)
+
+    def listed(request: gr.Request) -> Any:
+        """The library has changed on another page."""
+        return controls.on_shelf(service.library(shell.session(request)))
+
+    shell.library.change(listed, None, controls.loras, queue=False, **private)
+
+    def based(base: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        """Another base is chosen: load it, take its own settings."""
+        session = shell.session(request)
+        yield {state: words.status(f"loading {base}", "busy")}
+        try:
+            try:
+                facts = service.about(base)
+            except Refused:  # not loaded yet
+                facts = service.submit(Base(base=base), session).result().facts
+            yield {**controls.defaults(facts), state: words.status(READY)}
+        except ValueError as error:
+            yield {state: words.status(str(error), "error")}
+
+    controls.base.input(based, controls.base, [*controls.components, state], **private)
+    endpoints(shell)
 
 
-def drawn(
-    service: Service, session: Session, prompt: str, names: Sequence[str], method: str, weight: float, seed: int
-) -> Iterator[tuple[Any, str]]:
-    """(picture or None, text) as the job goes on. `names` are references of the library.
-
-    Raises gradio's Error, in words, for what is refused or fails.
-    """
-    try:
-        facts = service.about()
-        uses = [LoraUse(name=service.entry(session, n).name, reference=n, weight=weight) for n in names or []]
-        recipe = Recipe(
-            prompt=prompt, base=facts["base"], base_family=facts["family"], loras=uses, method=method, seed=seed,
-            steps=facts["steps"], guidance_scale=facts["guidance_scale"], width=facts["width"],
-            height=facts["height"], scheduler=facts["scheduler"],
-        )  # fmt: skip
-        job = service.submit(Compose(recipe=recipe), session)
-    except ValueError as error:  # Refused and pydantic's are ValueErrors
-        raise gr.Error(str(error)) from None
-    image = None
+def told(job: Job) -> Iterator[Any]:
+    """A job's events, progress and previews no faster than a browser needs them."""
+    last: dict[str, float] = {}
     for event in job.events():
-        if event.kind == "queued":
-            yield image, f"waiting, {event.position} before you"
-        elif event.kind == "progress":
-            yield image, f"step {event.step} of {event.steps}"
-        elif event.kind == "preview":
-            image = event.image
-        elif event.kind == "error":
-            raise gr.Error(event.message)
-    if job.last.kind == "cancelled":
-        yield image, "cancelled"
-        return
-    made = job.result().pictures[0]
-    yield made.image, made.recipe.parameters()
+        if event.kind in ("progress", "preview"):
+            now = time.monotonic()
+            if now - last.get(event.kind, 0.0) < TOLD_EVERY:
+                continue
+            last[event.kind] = now
+        yield event
 
 
-def _listed(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    return [(f"{e.name} ({e.category}): write '{e.trigger}'" if e.trigger else e.name, e.reference) for e in entries]
+def _address(request: gr.Request) -> str:
+    """Where this browser has the app open: the page's own address, which a proxy before us cannot hide."""
+    page = request.headers.get("referer") or f"http://{request.headers.get('host', '')}/"
+    return page.partition("?")[0].partition("#")[0]
