@@ -27,6 +27,7 @@ from multilora.cli.inspect import inspect
 from multilora.cli.loras import loras
 from multilora.cli.merge import merge
 from multilora.cli.methods import methods
+from multilora.cli.reproduce import reproduce
 from multilora.cli.resize import resize
 from multilora.cli.search import search
 from multilora.cli.train import train
@@ -54,6 +55,7 @@ app.command()(fisher)
 app.command()(search)
 app.command()(batch)
 app.command("eval")(evaluation)
+app.command()(reproduce)
 app.command()(doctor)
 app.command("app")(app_command)
 app.add_typer(world, name="world")
