@@ -87,9 +87,7 @@ def read_library(source: str | Path = "embedded", files: str | Path | None = Non
     """
     from multilora.pipelines.load import assets
 
-    if str(source) == "embedded":
-        source = assets() / "loras"
-    path = Path(source).expanduser()
+    path = assets() / "loras" if str(source) == "embedded" else Path(source).expanduser()
     if path.is_dir():
         found = [path / LISTING] if (path / LISTING).is_file() else sorted(path.glob(PUBLISHED))
         if len(found) > 1:

@@ -43,7 +43,7 @@ main { max-width: 1180px; margin: 0 auto; padding: 20px 16px 60px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 8px 0; } h2 { font-size: 1.25rem; margin: 40px 0 4px; }
 h3 { font-size: 1rem; margin: 20px 0 4px; } p { margin: 6px 0; max-width: 75ch; } .grey { color: var(--grey); }
 .note { border-left: 4px solid var(--c1); padding: 4px 12px; background: var(--card); max-width: 75ch; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 16px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px; }
 figcaption { font-size: .85rem; color: var(--grey); } figcaption b { color: var(--ink); font-size: .95rem; }
 figure svg { width: 100%; height: auto; display: block; } svg text { font-size: 12px; fill: var(--grey); }
@@ -58,7 +58,7 @@ th:first-child { text-align: left; position: sticky; left: 0; background: var(--
 td span { display: block; color: var(--grey); font-size: .78rem; white-space: nowrap; }
 td.best { font-weight: 700; } td.best span { font-weight: 400; } td.tint { border: 1px solid var(--card); }
 .sheet { border-collapse: separate; border-spacing: 0; width: auto; } .sheet td { text-align: left; border: 0; }
-.sheet .prompt { font-size: .9rem; padding-top: 14px; max-width: 60ch; }
+.sheet .prompt { position: sticky; left: 10px; width: min(70ch, 82vw); font-size: .9rem; padding-top: 10px; }
 .sheet img { width: 128px; height: auto; border-radius: 4px; display: block; }
 .sheet td small { display: block; color: var(--grey); font-size: .78rem; width: 128px; }
 .sheet td small b { color: var(--ink); } dt { font-weight: 600; } dd { margin: 0 0 8px; overflow-wrap: anywhere; }
@@ -161,7 +161,9 @@ def _by_k(results: Results, made: Mapping[str, Sequence[Row]]) -> list[str]:
         counts = sorted({found[a, k]["pictures"] for a in results.arms for k in results.plan.ks})
         n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         parts.append(f"<h3>{MEASURES[m][0]}</h3>")
-        parts.append(f'<p class="grey">The {MEASURES[m][1]}; below it the 95% interval. {n} pictures a cell.</p>')
+        parts.append(
+            f'<p class="grey">{MEASURES[m][1].capitalize()}; below it the 95% interval. {n} pictures a cell.</p>'
+        )
         parts.append(_grid(["method", *(k_name(k) for k in ks)], rows))
     return parts
 
@@ -234,13 +236,13 @@ def _costs(results: Results, rows: Sequence[Row]) -> str:
         cells = []
         for k in results.plan.ks:
             r = found[arm, k]
-            runs = "-" if math.isnan(r["runs_per_step"]) else f"{r['runs_per_step']:.1f} runs a step"
-            seconds = "" if math.isnan(r["seconds"]) else f"{r['seconds']:.2f} s a picture"
+            runs = "-" if math.isnan(r["runs_per_step"]) else f"{r['runs_per_step']:.1f}"
+            seconds = "" if math.isnan(r["seconds"]) else f"{r['seconds']:.2f} s"
             cells.append(f"<td>{runs}<span>{seconds}</span></td>")
         body.append((_name(arm, results.arms), cells))
     told = (
         '<p class="grey">Model runs for each denoising step (a conditional and unconditional pair is one run), and '
-        "the median time of a picture on the machine that drew them, with whatever else it was doing.</p>"
+        "below it the median time of a picture on the machine that drew them, with whatever else it was doing.</p>"
     )
     return told + _grid(["method", *(k_name(k) for k in results.plan.ks)], body)
 
@@ -282,7 +284,7 @@ def _sheet(places: Sequence[Mapping[str, Shown]], arms: Sequence[str]) -> str:
     for place in places:
         one = next(iter(place.values()))
         prompt = one.wanted.item.recipe.prompt
-        rows.append(f'<tr><td class="prompt" colspan="{len(arms)}">{escape(prompt)}</td></tr>')
+        rows.append(f'<tr><td colspan="{len(arms)}"><div class="prompt">{escape(prompt)}</div></td></tr>')
         cells = []
         for arm in arms:
             if arm not in place:
@@ -291,7 +293,7 @@ def _sheet(places: Sequence[Mapping[str, Shown]], arms: Sequence[str]) -> str:
             s = place[arm]
             alt = escape(f"{arm}: {prompt}", quote=True)
             cells.append(
-                f'<td><img src="{embedded(s.path)}" alt="{alt}" loading="lazy">'
+                f'<td><img src="{embedded(s.path)}" alt="{alt}">'
                 f"<small><b>{escape(arm.replace('_', ' '))}</b><br>{escape(told(s))}</small></td>"
             )
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -321,9 +323,12 @@ def embedded(path: Path) -> str:
 def _how(results: Results) -> str:
     plan = results.plan
     arms = "; ".join(
-        f"{a.name}: {a.method.record.name} {a.method.options or ''}, weight {a.weight}" if a.name != NONE
-        else f"{NONE}: the prompt without LoRAs" for a in plan.arms
+        f"{a.name}: the prompt without LoRAs" if a.name == NONE
+        else ", ".join([f"{a.name}: {a.method.record.name}", *(f"{k} {v}" for k, v in a.method.options.items()),
+                        f"weight {a.weight}"])
+        for a in plan.arms
     )  # fmt: skip
+    shared = {k: v for k, v in plan.described().items() if k not in ("methods", "loras", "library") and v}
     facts = [
         ("Presence read by", results.read_by["presence"]),
         ("CLIP score by", results.read_by["CLIP score"]),
@@ -333,7 +338,7 @@ def _how(results: Results) -> str:
         ("Intervals", f"95%; means by {statistics.RESAMPLES} bootstrap resamples of the pictures, shares by Wilson. "
                       "They speak of other noise and prompts with these LoRAs, not of other LoRAs"),
         ("Methods", arms),
-        ("Settings", str({k: v for k, v in plan.described().items() if k not in ("methods", "loras", "library")})),
+        ("Settings", ", ".join(f"{k} {v}" for k, v in shared.items())),
         ("LoRAs", ", ".join(e.name for e in plan.library.entries)),
         ("Numbers", "in tables/ beside this page, as CSV and Parquet; pictures/ has the PNGs with their recipes"),
     ]  # fmt: skip

@@ -83,8 +83,9 @@ def against_cost(title: str, unit: str, points: Sequence[tuple[str, float, float
 
 
 def _round_up(value: float) -> float:
+    """The end of an axis whose quarters are round numbers."""
     step = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return math.ceil(value / step * 2) * step / 2
+    return next(n * step for n in (1, 2, 4, 6, 8, 10) if n * step >= value)
 
 
 def _y(value: float, top: float) -> float:

@@ -224,13 +224,15 @@ def findings(results: Results) -> list[str]:
         ranked = sorted((a for a in means if means[a].n), key=lambda a: -means[a].value)
         if not ranked:
             continue
-        best = ranked[0]
-        text = f"{k} LoRAs: {best} leads, {number(means[best].value, m)} {MEASURES[m][0].lower()}"
+        best, name = ranked[0], {a: a.replace("_", " ") for a in ranked}
+        what = "of the elements seen" if m == "presence" else "CLIP score"
+        text = f"{k} LoRAs: {name[best]} leads, {number(means[best].value, m)} {what}"
         if len(ranked) > 1:
-            pairs = results.paired(best, ranked[1], k)
+            second = ranked[1]
+            pairs = results.paired(best, second, k)
             apart = statistics.difference([value_of(a, m) for a, _ in pairs], [value_of(b, m) for _, b in pairs])
             sure = "more than chance" if apart.apart else "within chance"
-            text += f"; {ranked[1]} has {number(means[ranked[1]].value, m)}, and the difference is {sure}"
+            text += f"; {name[second]} has {number(means[second].value, m)}, and the difference is {sure}"
         said.append(text + ".")
     return said
 
