@@ -1,0 +1,248 @@
+"""MoLE on the embedded world (arXiv 2404.13628): gates against the best Merge of a grid on the test split, k = 2 to 5.
+
+    python -m multilora.lab.reproduce.mole JOURNAL [--work FOLDER] [--k 2,3,4,5] [--sets N] [--pictures 200] [--table]
+
+For every set of test-split LoRAs a gate is trained in each of the ways of GATES, from scenes that no held-out prompt
+says, and kept in the work folder. Then pictures of the report's held-out prompts and seeds are drawn in every way and
+read by recogniser B, which no training sees: the LoRAs' elements, the generic elements that the prompt names as well
+(the paper's motivation: does the base's own prompt following suffer?), and the CLIP score. One line of the journal per
+finished piece: run again to go on. benchmarks/weigh_pictures.py draws the same prompts and seeds for LoRAHub and
+learned weights; its journal's cells stand in the same table with --also.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multilora import files
+from multilora.lab.train.gates import train
+from multilora.lab.world.caption import caption
+from multilora.lab.world.designs import DESIGNS
+from multilora.lab.world.loras import pictures
+from multilora.lab.world.render import render
+from multilora.lab.world.report import Journal, composed_scene, requested, sets
+from multilora.lab.world.scene import Scene, sample_scene
+from multilora.lab.world.tables import share, table
+from multilora.method import resolve, unknown
+from multilora.pipelines.load import library, load_pipeline
+from multilora.routing import Asked, mean_shares
+from multilora.trace import traced
+
+MOST = 50  # pictures of a set at most
+CHUNK = 4
+STEPS = 25
+REFERENCES = 48  # pictures that a gate learns from, of each set
+GRID = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+# way -> (learns from references, settings of multilora.lab.train.gates.train)
+GATES: Mapping[str, tuple[bool, dict[str, Any]]] = {
+    "paper: row sums to 1": (True, {"sums": "one"}),
+    "no balance": (True, {"sums": "one", "balance": 0.0}),
+    "own predictions": (False, {"sums": "one"}),
+    "row sums to k": (True, {"sums": "count"}),
+}
+SETTINGS = {"per": "layer", "steps": 150, "draws": 4, "lr": 0.01, "checkpoint_every": 50}
+
+
+def gate_scene(chosen: Sequence[str], index: int) -> Scene:
+    """Scene `index` to learn from, with all the designs; its caption is none of the held-out ones of the set."""
+    designs = {DESIGNS[name].category: name for name in chosen}
+    plain = {} if "style" in designs else {"style": "flat"}
+    held_out = {caption(composed_scene(chosen, i), 1) for i in range(MOST)}
+    for attempt in range(1000):
+        rng = random.Random(f"gate/{'+'.join(chosen)}/{index}/{attempt}")
+        scene = sample_scene(rng, designs=designs, **plain)
+        if caption(scene, 1) not in held_out:
+            return scene
+    raise ValueError(f"{'+'.join(chosen)}: every caption is a held-out one")
+
+
+def draw_references(chosen: Sequence[str], folder: Path, count: int = REFERENCES) -> Path:
+    """A folder of rendered pictures that show all the designs, with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        scene = gate_scene(chosen, i)
+        render(scene).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(caption(scene, 1) + "\n", encoding="utf-8")
+    return folder
+
+
+class Bench:
+    """The embedded base with its LoRAs, its eyes and what was measured; work: trained gates and reference pictures."""
+
+    def __init__(self, journal: Path, work: Path, *, steps: int = STEPS, train_steps: int = SETTINGS["steps"]) -> None:
+        from multilora.lab.score.clip import load_clip
+        from multilora.lab.score.presence import load_recogniser
+
+        self.pipe = load_pipeline("embedded", device="cpu")
+        self.pipe.set_progress_bar_config(disable=True)
+        self.journal, self.work, self.steps, self.train_steps = Journal(journal), work, steps, train_steps
+        self.eyes, self.clip = load_recogniser("b"), load_clip("embedded")
+        self._loras: dict[str, Any] = {}
+
+    def lora(self, name: str) -> Any:
+        if name not in self._loras:
+            self._loras[name] = files.load(library()[name]["path"], base=self.pipe, name=name)
+        return self._loras[name]
+
+    def gate(self, chosen: Sequence[str], way: str) -> Path:
+        """The gate of a set in one of the ways of GATES, trained now where it is not in the work folder."""
+        from_references, settings = GATES[way]
+        settings = {**SETTINGS, **settings, "steps": self.train_steps}
+        folder = self.work / "+".join(chosen)
+        path = folder / f"{way.replace(':', '').replace(' ', '_')}_{self.train_steps}.safetensors"
+        if not path.is_file():
+            data = draw_references(chosen, folder / "references") if from_references else None
+            train([self.lora(name) for name in chosen], self.pipe, path, data=data, echo=print,
+                  prompts=None if from_references else own_captions(chosen), **settings)  # fmt: skip
+        return path
+
+    def cell(
+        self, name: str, chosen: Sequence[str], count: int, method: Any, weight: float, used: Sequence[str]
+    ) -> None:
+        """Pictures 0 .. count - 1 of a set drawn in one way, of the LoRAs `used`, each at `weight`."""
+        loras = [self.lora(n) for n in used] if weight else []
+        wanted = {DESIGNS[n].category: n for n in chosen}
+        for first in range(0, count, CHUNK):
+            size = min(CHUNK, count - first)
+            key = f"picture/{name}/{'+'.join(chosen)}/{first}+{size}/{self.steps}/{self.train_steps}"
+            if key in self.journal:
+                continue
+            scenes = [composed_scene(chosen, i) for i in range(first, first + size)]
+            texts = [caption(scene, 1) for scene in scenes]
+            watched, runs = traced(method)
+            images = pictures(self.pipe, texts, range(first, first + size), loras, watched, steps=self.steps,
+                              weights=[weight] * len(loras))  # fmt: skip
+            seen = self.eyes.labels(images)
+            each = {n: sum(one[head] == n for one in seen) for head, n in wanted.items()}
+            generic = [
+                one[head] == label
+                for scene, text, one in zip(scenes, texts, seen, strict=True)
+                for head, label in requested(scene, text).items()
+                if head.split("_")[0] not in wanted
+            ]
+            self.journal.add(
+                key, cell=name, k=len(chosen), set=list(chosen), elements=each, found=sum(each.values()),
+                asked=len(chosen) * size, pictures=size, generic=[sum(generic), len(generic)],
+                complete=sum(all(one[head] == n for head, n in wanted.items()) for one in seen),
+                clip=[round(s, 3) for s in self.clip.score(images, texts)], shares=shares_of(runs),
+            )  # fmt: skip
+
+
+def own_captions(chosen: Sequence[str], count: int = 8) -> list[list[str]]:
+    """[LoRAs] captions of scenes with one design each."""
+    return [[caption(gate_scene([name], i), 1) for i in range(count)] for name in chosen]
+
+
+def shares_of(runs: Sequence[Any]) -> list[float] | None:
+    """[k] mean share of each LoRA over a run's layers, steps and pictures; None where no gate was asked."""
+    asked = [p.row for run in runs for one in run for p in one.passes if isinstance(p.row, Asked)]
+    means = [mean_shares(a.shares).mean(0) for a in asked if a.shares]
+    return [round(v, 4) for v in torch.stack(means).mean(0).tolist()] if means else None
+
+
+def measure(bench: Bench, chosen: Sequence[str], count: int, ways: Sequence[str]) -> None:
+    """Every cell of one set; what the journal holds is not measured again."""
+    merge, k = resolve("route", "merge"), len(chosen)
+    bench.cell("no LoRA, prompt only", chosen, count, merge, 0.0, chosen)
+    for weight in GRID:
+        bench.cell(f"merge, weight {weight:g}", chosen, count, merge, weight, chosen)
+    bench.cell("merge, weight 1/k", chosen, count, merge, 1 / k, chosen)
+    for way in ways:
+        mole = resolve("route", "mole", gate=str(bench.gate(chosen, way)))
+        bench.cell(f"mole, {way}", chosen, count, mole, 1.0, chosen)
+    for i, name in enumerate(chosen[:1] if k < 3 else chosen[:2]):
+        mole = resolve("route", "mole", gate=str(bench.gate(chosen, ways[-1])))
+        rest = [n for n in chosen if n != name]
+        bench.cell(f"mole, {ways[-1]}, LoRA {i + 1} masked out", chosen, count, mole, 1.0, rest)
+    print(f"{'+'.join(chosen)}: done", flush=True)
+
+
+def tables(journal: Journal, also: Sequence[Journal] = ()) -> str:
+    """The results as Markdown, k by k."""
+    entries = [e for one in (journal, *also) for e in one.of("picture")]
+    parts = []
+    for k in sorted({len(e["set"]) for e in entries}):
+        here = [e for e in entries if len(e["set"]) == k]
+        cells = {name: [e for e in here if e["cell"] == name] for name in dict.fromkeys(e["cell"] for e in here)}
+        grid = {n: c for n, c in cells.items() if n.startswith("merge, weight") and "1/k" not in n}
+        if grid:
+            best = max(grid, key=lambda n: _sum(grid[n], "found") / max(1, _sum(grid[n], "asked")))
+            cells[f"merge, best weight of the grid by B ({best.rpartition(' ')[2]})"] = grid[best]
+        rows = [[name, str(_sum(c, "pictures")), share(_sum(c, "found"), _sum(c, "asked")),
+                 share(_sum(c, "complete"), _sum(c, "pictures")), _generic(c), _clip(c), _strongest(c)]
+                for name, c in cells.items() if "masked out" not in name]  # fmt: skip
+        head = ["weights", "pictures", "elements present", "all present", "generic elements of the prompt"]
+        head += ["CLIP score", "strongest LoRA's share"]
+        parts.append(f"### k = {k}\n\n{table(head, rows)}")
+        masked = {name: c for name, c in cells.items() if "masked out" in name}
+        if masked:
+            rows = [_masked(name, c, cells) for name, c in masked.items()]
+            parts.append(table(["masked out", "its element", "the others", "the others without masking"], rows))
+    return "\n\n".join(parts)
+
+
+def _sum(entries: Sequence[Mapping[str, Any]], field: str) -> int:
+    return sum(e[field] for e in entries)
+
+
+def _generic(entries: Sequence[Mapping[str, Any]]) -> str:
+    pairs = [e["generic"] for e in entries if "generic" in e]
+    return share(sum(p[0] for p in pairs), sum(p[1] for p in pairs))
+
+
+def _clip(entries: Sequence[Mapping[str, Any]]) -> str:
+    scores = [s for e in entries for s in e.get("clip", ())]
+    return f"{sum(scores) / len(scores):.1f}" if scores else ""
+
+
+def _strongest(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Mean over the sets' batches of the largest mean share."""
+    found = [max(e["shares"]) for e in entries if e.get("shares")]
+    return f"{sum(found) / len(found):.2f}" if found else ""
+
+
+def _masked(name: str, entries: Sequence[Mapping[str, Any]], cells: Mapping[str, Any]) -> list[str]:
+    """A row: how often the masked LoRA's element is there, and the others', with it masked out and without."""
+    at = int(name.rpartition("LoRA ")[2].split(" ")[0]) - 1
+    whole = cells[name.rpartition(", LoRA")[0]]
+
+    def others(of: Sequence[Mapping[str, Any]]) -> str:
+        found = sum(v for e in of for n, v in e["elements"].items() if n != e["set"][at])
+        return share(found, sum(e["pictures"] * (len(e["set"]) - 1) for e in of))
+
+    own = sum(e["elements"][e["set"][at]] for e in entries)
+    return [name, share(own, _sum(entries, "pictures")), others(entries), others(whole)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("journal", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("mole"), help="folder of gates and reference pictures")
+    parser.add_argument("--k", default="2,3,4,5")
+    parser.add_argument("--ways", default=",".join(GATES), help=f"of {', '.join(GATES)}")
+    parser.add_argument("--also", type=Path, action="append", default=[], help="journal of weigh_pictures.py")
+    parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
+    for name, default in (("sets", 100), ("pictures", 200), ("steps", STEPS), ("train-steps", SETTINGS["steps"])):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(arguments)
+    ways = [way.strip() for way in args.ways.split(",")]
+    for way in ways:
+        if way not in GATES:
+            raise unknown("way to train a gate", way, GATES)
+    if not args.table:
+        bench = Bench(args.journal, args.work, steps=args.steps, train_steps=args.train_steps)
+        for k in map(int, args.k.split(",")):
+            found = sets("test", k)[: args.sets]
+            for chosen in found:
+                measure(bench, chosen, min(MOST, -(-args.pictures // len(found))), ways)
+    print(tables(Journal(args.journal), [Journal(path) for path in args.also]))
+
+
+if __name__ == "__main__":
+    main()
