@@ -23,6 +23,7 @@ from multilora.cli.eval import evaluation
 from multilora.cli.extract import extract
 from multilora.cli.fisher import fisher
 from multilora.cli.gates import gates
+from multilora.cli.grid import grid
 from multilora.cli.inspect import inspect
 from multilora.cli.loras import loras
 from multilora.cli.merge import merge
@@ -55,6 +56,7 @@ app.command()(fisher)
 app.command()(search)
 app.command()(batch)
 app.command("eval")(evaluation)
+app.command()(grid)
 app.command()(reproduce)
 app.command()(doctor)
 app.command("app")(app_command)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from multilora.lab.evaluate import plots, statistics
 from multilora.lab.evaluate.evaluation import NONE, Results, Shown
+from multilora.lab.evaluate.readings import told
 from multilora.lab.evaluate.report import (
     MEASURES,
     against,
@@ -294,20 +295,10 @@ def _sheet(places: Sequence[Mapping[str, Shown]], arms: Sequence[str]) -> str:
             alt = escape(f"{arm}: {prompt}", quote=True)
             cells.append(
                 f'<td><img src="{embedded(s.path)}" alt="{alt}">'
-                f"<small><b>{escape(arm.replace('_', ' '))}</b><br>{escape(told(s))}</small></td>"
+                f"<small><b>{escape(arm.replace('_', ' '))}</b><br>{escape(told(s.reading))}</small></td>"
             )
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide" tabindex="0"><table class="sheet">{"".join(rows)}</table></div>'
-
-
-def told(shown: Shown) -> str:
-    """A picture's readings in a few words."""
-    seen, clip = shown.reading.seen, shown.reading.clip
-    missing = [c for c, there in seen.items() if not there]
-    words = (
-        [f"{sum(seen.values())} of {len(seen)}" + (f", no {', '.join(missing)}" if missing else "")] if seen else []
-    )
-    return "; ".join([*words, *([] if math.isnan(clip) else [f"CLIP {clip:.0f}"])])
 
 
 def embedded(path: Path) -> str:

@@ -30,6 +30,18 @@ class Reading:
         return float(all(self.seen.values())) if self.seen else math.nan
 
 
+def told(reading: Reading) -> str:
+    """A picture's readings in a few words: "2 of 3 seen, no object; CLIP 71"."""
+    missing = [c for c, there in reading.seen.items() if not there]
+    words = []
+    if reading.seen:
+        none = f", no {', '.join(missing)}" if missing else ""
+        words.append(f"{len(reading.seen) - len(missing)} of {len(reading.seen)} seen{none}")
+    if not math.isnan(reading.clip):
+        words.append(f"CLIP {reading.clip:.0f}")
+    return "; ".join(words)
+
+
 @dataclass(frozen=True)
 class Readers:
     """A recogniser of the embedded world (multilora.lab.score.presence) and a CLIP scorer (a Scorer), or either.
