@@ -17,6 +17,7 @@ import typer
 from multilora.cli import arguments
 from multilora.cli.batch import shown_progress, stopped_by_signals
 from multilora.cli.console import note, print_json
+from multilora.cli.order import quiet
 
 
 def evaluation(
@@ -85,6 +86,7 @@ def evaluation(
         negative=negative, prompt=prompt,
     )  # fmt: skip
     plan = Plan(read_library(library, files).of(split), read_arms(methods, option or []), ks, count, settings)
+    quiet()
     embedded = plan.library.world and settings.base == "embedded"
     readers = Readers.load("b" if embedded else None, clip or ("embedded" if embedded else None))
     for what, who in readers.names.items():

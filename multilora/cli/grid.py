@@ -13,6 +13,7 @@ import typer
 from multilora.cli import arguments, demo
 from multilora.cli.batch import shown_progress, stopped_by_signals
 from multilora.cli.console import note, print_json
+from multilora.cli.order import quiet
 
 
 def grid(
@@ -83,6 +84,7 @@ def grid(
     from multilora.lab.evaluate.readings import Readers
     from multilora.lab.evaluate.workers import ComposerRenderer
 
+    quiet()
     embedded = base == EMBEDDED
     readers = Readers.load("b" if elements else None, clip or ("embedded" if embedded else None))
     cells = len(across.values) * len(down.values if down else [1])

@@ -100,7 +100,7 @@ def fresh(
     arguments.check_out(out, not order.compare and request.get("num_images_per_prompt", 1) == 1)
     request.setdefault("seed", secrets.randbelow(2**32))
     note(f"loading {order.base}")
-    _quiet()
+    quiet()
 
     from multilora.pipelines.image import Composer
 
@@ -171,7 +171,7 @@ def again(
     several = wanted.images > 1 and "num_images_per_prompt" in changes
     arguments.check_out(out, not several)
     note(f"loading {recipe.base}")
-    _quiet()
+    quiet()
 
     import torch
 
@@ -189,7 +189,7 @@ def again(
     return taken
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """No progress bars for reading files that are here already; those of downloads stay. No notices of other packages
     that are not about this picture: torchao's on import, diffusers' about the embedded base's small decoder."""
     for name in ("torch.utils._pytree", "diffusers.quantizers.torchao"):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from multilora.lab.evaluate.readings import Readers
 from multilora.lab.world.caption import NOUNS, PLACES, STYLE_WORDS, caption
 from multilora.lab.world.designs import CATEGORIES, DESIGNS
 from multilora.lab.world.loras import alone, pictures, target
@@ -141,10 +142,10 @@ class Bench:
 
         return load_recogniser(self.assets / f"recogniser_{name}.safetensors")
 
-    def clip(self) -> Any:
-        from multilora.lab.score.clip import load_clip
+    def readers(self) -> Readers:
+        from multilora.lab.score.clip import clip_text
 
-        return load_clip(str(self.assets / "clip" / "model.safetensors"))
+        return Readers(self.recogniser(), clip_text(model=str(self.assets / "clip" / "model.safetensors")))
 
     def lora(self, name: str) -> Path:
         return target(name, self.assets)
@@ -208,8 +209,6 @@ def measure_alone(bench: Bench, count: int) -> None:
 
 def measure_cell(bench: Bench, part: str, cell: Cell, chosen: Sequence[str], index: int, size: int) -> None:
     """One batch: pictures index .. index + size - 1 of a set of designs, drawn by one cell's method."""
-    from multilora.lab.score.presence import presence
-
     k = len(chosen)
     key = f"{part}/{cell.name}/{'+'.join(chosen)}/{index}+{size}"
     if key in bench.journal:
@@ -226,11 +225,11 @@ def measure_cell(bench: Bench, part: str, cell: Cell, chosen: Sequence[str], ind
         **(cell.options if weight else {}),
     )  # fmt: skip
     spent = time.process_time() - began
-    seen = presence(images, {DESIGNS[n].category: n for n in chosen}, bench.recogniser())
-    each = [[seen[DESIGNS[n].category][i] for n in chosen] for i in range(size)]
+    found = bench.readers().read(images, texts, [{DESIGNS[n].category: n for n in chosen}] * size)
     bench.journal.add(
-        key, cell=cell.name, k=k, set=list(chosen), found=sum(map(sum, each)), asked=k * size,
-        complete=sum(map(all, each)), pictures=size, clip=[round(s, 3) for s in bench.clip().score(images, texts)],
+        key, cell=cell.name, k=k, set=list(chosen), found=sum(sum(one.seen.values()) for one in found),
+        asked=k * size, complete=int(sum(one.complete for one in found)), pictures=size,
+        clip=[round(one.clip, 3) for one in found],
         seconds=round(spent, 2),
     )  # fmt: skip
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+from multilora.lab.evaluate.statistics import wilson
 from multilora.lab.world.designs import DESIGNS
 from multilora.lab.world.report import METHODS, STUDY, Journal, categories_in_order
 
 START, END = "<!-- report: start -->", "<!-- report: end -->"
-
-
-def wilson(found: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% Wilson interval of a share. (0, 1) when nothing was asked."""
-    if not asked:
-        return 0.0, 1.0
-    p = found / asked
-    centre = (p + z * z / (2 * asked)) / (1 + z * z / asked)
-    half = z * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked * asked)) / (1 + z * z / asked)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def share(found: int, asked: int) -> str:
