@@ -19,6 +19,7 @@ PAGES = (
     ("compose", "Compose", "multilora.web.compose"),
     ("merge", "Merge", "multilora.web.merge"),
     ("library", "Library", "multilora.web.library"),
+    ("text", "Text", "multilora.web.text"),
     ("recipe", "Recipe", "multilora.web.recipe"),
 )
 STYLE = Path(__file__).parent / "static" / "app.css"

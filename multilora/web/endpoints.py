@@ -17,9 +17,9 @@ from gradio_client.utils import python_type_to_json_schema
 def endpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function an endpoint with its name, its types and its docstring; called inside gr.Blocks.
 
-    A Path is a file that is uploaded, or one to download; gr.Gallery is pictures with captions. ValueErrors become
-    gradio's errors, in words. Yields are what a client that looks on sees; the last one is the result. gr.api does the
-    same for functions without files.
+    A Path is a file that is uploaded, or one to download, list[Path] several; gr.Gallery is pictures with captions.
+    ValueErrors become gradio's errors, in words. Yields are what a client that looks on sees; the last one is the
+    result. gr.api does the same for functions without files.
     """
     hints = typing.get_type_hints(fn)
     inputs = [
@@ -80,8 +80,11 @@ def finished(going: Generator[Any, None, Any]) -> Any:
 
 
 def _component(hint: Any, default: Any = None) -> Any:
-    if hint is Path or Path in typing.get_args(hint):
+    either = (hint, *typing.get_args(hint))  # of a type or None
+    if Path in either and typing.get_origin(hint) is not list:
         return gr.File(visible=False)
+    if list[Path] in either:
+        return gr.File(visible=False, file_count="multiple")
     if hint is gr.Gallery:
         return gr.Gallery(visible=False, format="png")
     return Api(default, python_type_to_json_schema(hint), label="value")

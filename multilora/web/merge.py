@@ -83,8 +83,8 @@ def page(shell: Shell) -> None:
                 seed = gr.Number(7, label="Seed", precision=0, minimum=0, info="the same noise in each picture")
                 draw = gr.Button("Draw before and after")
             gallery = gr.Gallery(
-                label="Each source alone, then the merge", columns=3, format="png", visible=False, height=None,
-                object_fit="contain", interactive=False,
+                label="Each source alone, then the merge", columns=3, format="png", visible=False, height="auto",
+                object_fit="contain", interactive=False, elem_classes="ml-pictures",
             )  # fmt: skip
             maps = gr.HTML(apply_default_css=False)
 
@@ -190,8 +190,8 @@ def _endpoints(shell: Shell) -> None:
         Args:
             loras: references of the library, see list_loras
             weights: one number per LoRA, may be negative; default 1 each
-            method: linear, svd, ties, dare, della, magnitude_prune, knots, np, analogy, factor, fisher or regmean
-            options: of the method, such as {"density": 0.3}; see list_methods
+            method: such as linear, svd, ties or fisher; see list_merge_methods
+            options: of the method, such as {"density": 0.3}; see list_merge_methods
             rank: largest rank of a layer of the result
             energy: share of each layer's energy to keep, above 0 and at most 1
             name: of the result
@@ -206,6 +206,21 @@ def _endpoints(shell: Shell) -> None:
         going = merged(service, session, loras, weights, method, options or {}, **how)
         facts, output = yield from telling(going, lambda line: ({"state": line}, None))
         yield {**facts, "reference": output.reference}, str(output.path)
+
+    def list_merge_methods() -> list:
+        """The methods by which LoRAs become one.
+
+        Returns:
+            for each: name, title, paper, options with type, default, range and help
+        """
+        keys = ("name", "default", "help", "minimum", "maximum")
+        return [
+            {"name": m.name, "title": m.title, "paper": m.paper, "options": [
+                {**{k: getattr(o, k) for k in keys}, "type": o.type.__name__, "choices": list(o.choices)}
+                for o in m.options
+            ]}
+            for m in methods("merge").values()
+        ]  # fmt: skip
 
     def compare_loras(loras: list[str], request: gr.Request = None) -> dict:
         """How much LoRAs agree: cosine in all and by block, energy by rank, directions they share.
@@ -242,5 +257,5 @@ def _endpoints(shell: Shell) -> None:
         for images, _ in previews(service, session, uses, file, prompt or triggers(entries), seed):
             yield images
 
-    for fn in (merge, compare_loras, preview_merge):
+    for fn in (merge, list_merge_methods, compare_loras, preview_merge):
         endpoint(fn)

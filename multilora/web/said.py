@@ -25,6 +25,8 @@ STYLE = """<style>
 .ml-heat td{text-align:right;font-variant-numeric:tabular-nums;min-width:3.6em;overflow-wrap:normal}
 .ml-bar{display:inline-block;height:.75em;background:#0072b2;border-radius:2px;vertical-align:baseline}
 .ml-shelf .grid-container{grid-template-columns:repeat(auto-fill,minmax(5.5rem,1fr))!important;gap:.35rem}
+.ml-pictures .grid-wrap{height:auto!important;min-height:0!important;max-height:none!important}
+.ml-pictures .grid-container{grid-template-columns:repeat(auto-fill,minmax(8rem,1fr))!important}
 .ml-shelf .thumbnail-item,.ml-shelf .gallery-item{aspect-ratio:1}
 </style>"""
 
