@@ -1,5 +1,6 @@
 """lorahub: CMA-ES against known optima, the paper's factor form by hand, stop and resume, bad scores."""
 
+import itertools
 import json
 
 import numpy as np
@@ -48,6 +49,25 @@ def test_plain_cma_es_finds_a_quadratic_too_with_more_evaluations():
     short = _search(_loras(5), objective, budget=200, l1=0.0, model=False)
     long = _search(_loras(5), objective, budget=900, l1=0.0, model=False)
     assert long.best.loss < 1e-6 < short.best.loss
+
+
+@pytest.mark.parametrize(("noise", "at_most"), [(0.05, 0.5), (0.5, 1.0), (2.0, 1.5)])
+def test_the_fitted_quadratic_does_not_hurt_where_the_score_is_noisy(noise, at_most):
+    """The true loss of what is found, geometric mean of 36 searches each with the model and without: their ratio.
+
+    The bowl's curvatures are 1 to 10, so that noise of 2 is as large as a step of one in a weight.
+    """
+    logs = {True: [], False: []}
+    for k, seed in itertools.product((2, 3, 5), range(12)):
+        objective, _ = _bowl(k, seed)
+        for model, found in logs.items():
+            shaken = np.random.default_rng(seed)
+            search = _search(
+                _loras(k), lambda a, rows, f=objective, r=shaken: [v + noise * r.normal() for v in f(a, rows)],
+                budget=40, l1=0.0, seed=seed, model=model,
+            )  # fmt: skip
+            found.append(np.log(objective(None, [search])[0]))
+    assert np.exp(np.mean(logs[True]) - np.mean(logs[False])) < at_most
 
 
 def test_a_price_makes_weights_zero_that_gain_less_than_they_cost():

@@ -49,17 +49,18 @@ def train_whole(
     data, loss and steps are those of `multilora.lab.train.text.train`. Raises ValueError as that does.
     """
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = [(p, p.grad) for p in model.parameters()]
     try:
         with borrowed(model, seed) as accelerator:
             model.requires_grad_(True)
             given = {"steps": steps, "lr": lr, "batch": batch, "warmup": warmup, "weight_decay": weight_decay}
             given |= {"length": length, "seed": seed}
             _fit(data, model, tokenizer, list(model.parameters()), given, accelerator)
-            for p in model.parameters():
-                p.grad = None
         return {name: p.detach().clone() for name, p in model.named_parameters()}
     finally:
         put(model, before)
+        for p, gradient in gradients:
+            p.grad = gradient
 
 
 def train_ia3(
