@@ -93,6 +93,10 @@ def standing(pipe: Any, name: str, stand: Any) -> Iterator[None]:
         pipe.__dict__[name] = own
 
 
+def _processors(model: Any) -> list[type]:
+    return [type(p) for p in getattr(model, "attn_processors", {}).values()]
+
+
 def by_name(module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """A call's arguments by the name that the denoiser gives them."""
     names = inspect.signature(module.forward).parameters
@@ -146,7 +150,7 @@ class Dense:
         self.has_text = any(key.startswith("text_encoder") for lora in loras for key in lora)
         self._models: dict[Row, Any] = {}
         self._texts: dict[Row, list[dict[str, Any]]] = {}
-        self._outputs: dict[Row, Any] = {}  # of the call last advanced to
+        self._outputs: dict[tuple[Row, Row], Any] = {}  # of the call last advanced to
         self.begin()
 
     def begin(self) -> None:
@@ -158,7 +162,11 @@ class Dense:
         if row not in self._models:
             assert not any(m._forward_hooks for m in self.own.modules()), "call prepare() before LoRAs are attached"
             self._models[row] = handloop.dense(self.own, self.factors, row, self.name)
-        return self._models[row]
+        model = self._models[row]
+        # Perturbed-attention pipelines set processors for the length of a picture.
+        if _processors(model) != _processors(self.own):
+            model.set_attn_processor(dict(self.own.attn_processors))
+        return model
 
     def texts(self, row: Row) -> list[dict[str, Any]]:
         """The prompt's tensors of each denoiser call, encoded under a row by dense text encoders."""
@@ -198,18 +206,22 @@ class Dense:
         self._outputs.clear()
         return self.step
 
-    def alone(self, row: Row, arguments: dict[str, Any]) -> Any:
-        """The dense model's answer under one row, with the prompt as its own text encoders encode it."""
-        if row not in self._outputs:
-            texts = self.texts(row)[self.calls - 1] if self.has_text else {}
-            self._outputs[row] = self.model(row)(**with_texts(arguments, texts))
-        return self._outputs[row]
+    def alone(self, row: Row, arguments: dict[str, Any], text: Row | None = None) -> Any:
+        """The dense model's answer under one row, with the prompt as its own text encoders encode it (or `text`'s)."""
+        text = row if text is None else text
+        if (row, text) not in self._outputs:
+            texts = self.texts(text)[self.calls - 1] if self.has_text else {}
+            self._outputs[row, text] = self.model(row)(**with_texts(arguments, texts))
+        return self._outputs[row, text]
 
-    def run(self, method: str, arguments: dict[str, Any]) -> Any:
-        """The denoiser's answer at the call last advanced to: its output, with the mean of the predictions in it."""
+    def run(self, method: str, arguments: dict[str, Any], text: Row | None = None) -> Any:
+        """The denoiser's answer at the call last advanced to: its output, with the mean of the predictions in it.
+
+        text  None for the prompt as each row's own text encoders encode it, else one row for all
+        """
         total, output = None, None
         for share, row in formula(method, self.step, self.weights, self.every):
-            output = self.alone(row, arguments)
+            output = self.alone(row, arguments, text)
             weighted = [p * share for p in tensors(output[0])]
             total = weighted if total is None else [a + b for a, b in zip(total, weighted, strict=True)]
         prediction = total if isinstance(output[0], list) else total[0]
@@ -224,6 +236,7 @@ class Comparison:
 
     differences  [calls] relative difference of our prediction to the reference's
     effects      [calls] how far the reference is from the base model's prediction
+    texts        [calls] how far it is from itself without the LoRAs' text-encoder parts; empty where they have none
     distances    other method -> [calls] how far the reference is from that method's
     final        what the pipeline made of the reference's predictions
     runs         runs of the model per call that ours needed
@@ -231,6 +244,7 @@ class Comparison:
 
     differences: list[float] = field(default_factory=list)
     effects: list[float] = field(default_factory=list)
+    texts: list[float] = field(default_factory=list)
     distances: dict[str, list[float]] = field(default_factory=dict)
     final: Any = None
     runs: list[int] = field(default_factory=list)
@@ -254,6 +268,7 @@ class Comparison:
         assert self.worst <= limit, f"calls differ by {self.differences}"
         assert self.effect >= effect, f"effects on the base are {self.effects}"
         assert self.apart >= apart, f"distances to other methods are {self.distances}"
+        assert not self.texts or min(self.texts) >= 100 * limit, f"effects of the text encoders are {self.texts}"
 
 
 @torch.no_grad()
@@ -291,6 +306,9 @@ def compare(
                 distances.append(relative(models.run(other, arguments)[0], wanted[0]))
             base = models.run("base", arguments)[0]
             found.effects.append(relative(wanted[0], base))
+            if models.has_text:
+                without = models.run(method, arguments, (0.0,) * len(models.weights))[0]
+                found.texts.append(relative(without, wanted[0]))
             got = models.own(*copy.deepcopy(args), **copy.deepcopy(kwargs))
             assert type(got) is type(wanted), (type(got), type(wanted))
             assert [t.shape for t in tensors(got[0])] == [t.shape for t in tensors(wanted[0])]

@@ -1,4 +1,7 @@
-"""Few-step and distilled models, image prompts, U-Nets on other latents, pipelines of any task given by the user."""
+"""Few steps, previews, offloaded models, U-Nets on other latents, pipelines of any task given by the user.
+
+Few-step models and image prompts against dense weights: tests/test_cells.py.
+"""
 
 import copy
 
@@ -8,46 +11,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-from multilora.pipelines.composing import composing
 from multilora.pipelines.image import Composer
-from tests import dense, scene, tiny, tiny_tasks
+from tests import scene, tiny, tiny_tasks
 from tests.tiny_tasks import array, inputs
-
-WEIGHTS = (1.3, 1.1)
-TURBO = {"timestep_spacing": "trailing"}
-MODELS = {
-    # family, scheduler and its config, steps, arguments: SDXL-Turbo's timesteps and no guidance; LCM's and TCD's
-    # schedulers; FLUX.1 schnell, whose guidance is not in the model.
-    "turbo": ("sdxl", "EulerAncestralDiscreteScheduler", TURBO, 1, {"guidance_scale": 0.0}),
-    "turbo of 4 steps": ("sdxl", "EulerAncestralDiscreteScheduler", TURBO, 4, {"guidance_scale": 0.0}),
-    "lcm": ("sd15", "LCMScheduler", {}, 4, {"guidance_scale": 1.0}),
-    "tcd": ("sd15", "TCDScheduler", {}, 2, {"guidance_scale": 1.0}),
-    "schnell": ("flux", "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": False, "shift": 1.0}, 2, {}),
-}
-
-
-@pytest.mark.parametrize(
-    ("model", "method"),
-    [(m, r) for m in MODELS for r in ("merge", "switch", "composite") if (m, r) != ("turbo", "switch")],
-)
-def test_few_steps(model, method):
-    """Two pictures, without guidance: the batch is not doubled."""
-    family, scheduler, config, steps, options = MODELS[model]
-    pipe = getattr(tiny, family)()
-    pipe.scheduler = getattr(diffusers, scheduler).from_config({**pipe.scheduler.config, **config})
-    loras = scene.loras(pipe, 2, strength=1.8 if family == "sdxl" else 1.2)
-    quick = {"max_sequence_length": 16, "height": 32, "width": 32} if family == "flux" else {}
-
-    def call(pipe):
-        seeds = [torch.Generator().manual_seed(i) for i in (3, 4)]
-        return pipe(
-            "a fox", num_inference_steps=steps, generator=seeds, num_images_per_prompt=2, output_type="latent",
-            **options, **quick,
-        ).images  # fmt: skip
-
-    found = dense.compare(pipe, loras, WEIGHTS, method, call)
-    found.check(1e-5, effect=0.015, apart=0.015)
-    assert len(found.differences) == steps
 
 
 def test_switch_wants_a_step_for_each_lora():
@@ -78,51 +44,6 @@ def test_the_first_executed_step_is_step_0():
     composer.loras.clear()
     base = composer("a fox", **asked)
     assert np.abs(array(out.images[0]) - array(base.images[0])).max() > 3.0
-
-
-@pytest.mark.parametrize("method", ["merge", "switch", "composite"])
-def test_an_image_prompt(method):
-    """IP-Adapter, by embeddings of two pictures that are one image prompt."""
-    pipe = tiny.sd15()
-    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
-    loras = scene.loras(pipe, 2)
-    generator = torch.Generator().manual_seed(2)
-    embeds = [torch.randn(2, 2, 24, generator=generator)]  # [negative and positive, pictures, width]
-
-    def call(pipe, embeds=embeds):
-        seeds = [torch.Generator().manual_seed(i) for i in (3, 4)]
-        return pipe(
-            "a fox", num_inference_steps=2, guidance_scale=4.0, generator=seeds, num_images_per_prompt=2,
-            ip_adapter_image_embeds=embeds, output_type="latent",
-        ).images  # fmt: skip
-
-    found = dense.compare(pipe, loras, WEIGHTS, method, call)
-    found.check(1e-5)
-    with composing(pipe, loras, method, weights=WEIGHTS):
-        assert scene.apart(call(pipe), call(pipe, [-embeds[0]])) > 0.02
-
-
-def ip_adapter(unet, width=24, tokens=4):
-    """The weights of a plain IP-Adapter for a U-Net, as its files hold them."""
-    generator = torch.Generator().manual_seed(1)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-
-    inner = unet.config.cross_attention_dim
-    project = {
-        "proj.weight": random(tokens * inner, width), "proj.bias": random(tokens * inner),
-        "norm.weight": torch.ones(inner), "norm.bias": torch.zeros(inner),
-    }  # fmt: skip
-    crossing = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
-    layers = {}
-    for i, name in enumerate(crossing):  # the files count self-attentions too
-        out = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-        layers |= {
-            f"{2 * i + 1}.to_k_ip.weight": random(out, inner),
-            f"{2 * i + 1}.to_v_ip.weight": random(out, inner),
-        }
-    return {"image_proj": project, "ip_adapter": layers}
 
 
 # -- pipelines of any task ------------------------------------------------------------------------------------------

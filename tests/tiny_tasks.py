@@ -76,20 +76,25 @@ def inputs(task: str) -> dict[str, Image.Image]:
     return found
 
 
-def controlnet(family: str, pipe: Any) -> nn.Module:
-    """A small ControlNet for a pipeline, of random weights throughout: its zero convolutions are none."""
+def controlnet(family: str, pipe: Any, masked: bool = False) -> nn.Module:
+    """A small ControlNet for a pipeline, of random weights throughout: its zero convolutions are none.
+
+    masked  one that inpaints (SD3, Qwen-Image): it takes the picture's latents with a mask
+    """
     if family in ("sd15", "sdxl"):
         net = ControlNetModel.from_unet(
             pipe.unet, conditioning_embedding_out_channels=(8, 8, 16), load_weights_from_unet=False
         )
     elif family == "sd3":
-        net = SD3ControlNetModel(**_shared(SD3ControlNetModel, pipe.transformer) | {"num_layers": 1})
+        more = {"num_layers": 1, "extra_conditioning_channels": int(masked)}
+        net = SD3ControlNetModel(**_shared(SD3ControlNetModel, pipe.transformer) | more)
     elif family == "flux":
         net = FluxControlNetModel(
             **_shared(FluxControlNetModel, pipe.transformer) | {"num_layers": 1, "num_single_layers": 1}
         )
     elif family == "qwen":
-        net = QwenImageControlNetModel(**_shared(QwenImageControlNetModel, pipe.transformer) | {"num_layers": 1})
+        more = {"num_layers": 1, "extra_condition_channels": 4 * masked}  # 2 x 2 latent positions of the mask
+        net = QwenImageControlNetModel(**_shared(QwenImageControlNetModel, pipe.transformer) | more)
     else:
         config = pipe.transformer.config
         net = ZImageControlNetModel(
