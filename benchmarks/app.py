@@ -1,0 +1,191 @@
+"""What the app costs over Composer: pictures through gradio_client by the Compose page's own Draw, with and without
+live preview, against the same pictures by Composer in this process.
+
+    OMP_NUM_THREADS=1 python benchmarks/app.py                  # 30 pictures; on an idle machine
+    OMP_NUM_THREADS=1 python benchmarks/app.py 4 --steps 5      # a try
+
+Every picture is drawn four times in turn: Composer, page, page with preview, Composer again. The two Composer columns
+are the same thing twice: their difference (A/A) is what this machine's noise makes of nothing. The page's pictures are
+checked to be Composer's. Writes benchmarks/app.md, and ends with an error when a bar is missed by more than the A/A.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from multilora.pipelines.image import Composer
+from multilora.recipe import Recipe
+from multilora.web.app import build
+from multilora.web.service import Limits, Service
+from multilora.web.service.guard import launch_options
+
+REPORT = Path(__file__).with_suffix(".md")
+BARS = {"page": 0.05, "page, preview": 0.15}
+LORAS = {"korv": 0.9, "dotta": 0.8, "palma": 0.8}
+PROMPT = "korv fox in dotta poncho, on palma beach"
+METHOD = "merge"
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    reader.add_argument("pictures", nargs="?", type=int, default=30)
+    reader.add_argument("--steps", type=int, default=30)
+    given = reader.parse_args()
+    with Service("embedded", limits=Limits(per_user=4)) as service:
+        app = build(service)
+        published(app)
+        app.queue()
+        options = {**launch_options(service), "quiet": True, "prevent_thread_lock": True}
+        _, url, _ = app.launch(**options)
+        try:
+            facts = service.about()
+            times = measured(url, app, given.pictures, given.steps, facts["threads"])
+        finally:
+            app.close(verbose=False)
+    text, missed = told(times, given.steps)
+    print(text)
+    if given.pictures >= 30:
+        REPORT.write_text(f"# The app over Composer\n\n{machine()}\n\n{text}\n")
+    if missed:
+        raise SystemExit(f"missed: {', '.join(missed)}")
+
+
+def published(app: Any) -> Any:
+    """The function behind the button Draw, opened to clients under the name `draw_page`."""
+    fn = next(f for f in app.fns.values() if f.name == "one")
+    fn.api_visibility, fn.api_name = "public", "draw_page"
+    return fn
+
+
+def measured(url: str, app: Any, pictures: int, steps: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of each picture by way of drawing it, the first one of each (warming up) left out."""
+    import torch
+    from gradio_client import Client
+
+    torch.set_num_threads(threads)
+    client = Client(url, verbose=False)
+    composer = Composer.from_pretrained("embedded", device="cpu")
+    for name, weight in LORAS.items():
+        composer.add(name, weight=weight)
+
+    def alone(seed: int) -> Any:
+        return composer(PROMPT, method=METHOD, seed=seed, num_inference_steps=steps).images[0]
+
+    def paged(preview: bool) -> Callable[[int], Any]:
+        return lambda seed: client.predict(*values(app, seed, steps, preview), api_name="/draw_page")
+
+    ways = {"Composer": alone, "page": paged(False), "page, preview": paged(True), "Composer again": alone}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for seed in range(pictures + 1):
+        drawn = {}
+        for way, draw in ways.items():
+            began = time.perf_counter()
+            drawn[way] = draw(seed)
+            took = time.perf_counter() - began
+            if seed:
+                times[way].append(took)
+        if seed == 1:
+            check(drawn, seed)
+    return times
+
+
+def values(app: Any, seed: int, steps: int, preview: bool) -> list[Any]:
+    """What a browser would send with Draw: every control as it is on the page, but for these."""
+    fn = next(f for f in app.fns.values() if f.api_name == "draw_page")
+    own = {
+        "Prompt": PROMPT,
+        "Seed": seed,
+        "Steps": steps,
+        "Live preview": preview,
+        "Score it": False,
+        "Method": METHOD,
+    }
+    sent = []
+    for component in fn.inputs:
+        if type(component).__name__ == "State":
+            continue
+        if component.elem_id == "ml-loras":
+            sent.append([{"reference": name, "weight": weight} for name, weight in LORAS.items()])
+        else:
+            sent.append(own.get(getattr(component, "label", None), getattr(component, "value", None)))
+    return sent
+
+
+def check(drawn: dict[str, Any], seed: int) -> None:
+    """The page's picture is Composer's, and its file has the recipe. AssertionError else."""
+    for way in ("page", "page, preview"):
+        files = [f for f in _paths(drawn[way]) if f.endswith(".png")]
+        assert files, f"{way}: no PNG among {drawn[way]!r:.400}"
+        assert Recipe.from_png(files[0]).seed == seed
+        with Image.open(files[0]) as image:
+            far = np.abs(np.asarray(image.convert("RGB"), int) - np.asarray(drawn["Composer"], int)).max()
+        assert far <= 1, f"{way}: a pixel is {far} away from Composer's"
+
+
+def _paths(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [path for part in parts for path in _paths(part)]
+
+
+def told(times: dict[str, Sequence[float]], steps: int) -> tuple[str, list[str]]:
+    """(a report in Markdown, the bars that are missed by more than the A/A spread)."""
+    base = [(a + b) / 2 for a, b in zip(times["Composer"], times["Composer again"], strict=True)]
+    low, high = interval(times["Composer"], times["Composer again"])
+    spread = max(abs(low), abs(high))
+    lines = [
+        f"{len(base)} pictures of 128 x 128, {steps} steps, {len(LORAS)} LoRAs, {METHOD}; seconds a picture.",
+        "",
+        "| way | median | mean | over Composer, with 95% interval | bar |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    missed = []
+    for way, seconds in times.items():
+        against = times["Composer"] if way == "Composer again" else base
+        over = sum(seconds) / sum(against) - 1
+        low, high = interval(against, seconds)
+        bar = BARS.get(way)
+        shown = "" if way == "Composer" else f"{over:+.1%} ({low:+.1%} to {high:+.1%})"
+        lines.append(
+            f"| {way} | {statistics.median(seconds):.3f} | {statistics.fmean(seconds):.3f} | {shown} | "
+            f"{'A/A' if way == 'Composer again' else '' if bar is None else f'{bar:.0%}'} |"
+        )
+        if bar is not None and over > bar + spread:
+            missed.append(f"{way}: {over:+.1%}, at most {bar:.0%} was wanted, A/A {spread:.1%}")
+    return "\n".join(lines), missed
+
+
+def interval(base: Sequence[float], other: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """95% of the ratio of sums less 1, by bootstrap over the pictures."""
+    chance, n = random.Random(0), len(base)
+    found = []
+    for _ in range(draws):
+        picked = [chance.randrange(n) for _ in range(n)]
+        found.append(sum(other[i] for i in picked) / sum(base[i] for i in picked) - 1)
+    found.sort()
+    return found[int(0.025 * draws)], found[int(0.975 * draws)]
+
+
+def machine() -> str:
+    """The day, the processor, how busy it is."""
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    today, load = datetime.date.today().isoformat(), os.getloadavg()[1]
+    return f"{today}, {name[1] if name else platform.processor()}, {os.cpu_count()} cores, load average {load:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The app for programs: the examples on a served app, tools as MCP sees them, refusals in words, two clients apart."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import multilora
+from examples import api_client, mcp_client
+from multilora.pipelines.load import find_lora
+from multilora.web.app import build
+from multilora.web.endpoints import endpoint, in_words
+from multilora.web.service.guard import launch_options
+from tests.service_here import here
+
+OURS = {
+    "merge", "list_merge_methods", "compare_loras", "preview_merge", "list_loras", "upload_lora", "inspect_lora",
+    "remove_lora", "load_base", "answer", "list_text_loras",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served():
+    with pytest.MonkeyPatch.context() as patch, here(patch) as service:
+        app = build(service)
+        app.queue()
+        options = {**launch_options(service), "quiet": True, "prevent_thread_lock": True, "mcp_server": True}
+        _, url, _ = app.launch(**options)
+        yield app, url
+        app.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    from gradio_client import Client
+
+    return Client(served[1], verbose=False)
+
+
+def test_the_program_of_the_examples(served, tmp_path):
+    files = api_client.run(served[1], tmp_path, steps=2)
+    sources = [multilora.load(find_lora(name)[0], base="embedded") for name in ("korv", "dotta")]
+    own = multilora.merge(sources, [0.9, 0.8], method="ties", density=0.5)
+    made = multilora.load(files["merge"], base="embedded")
+    for key in list(own)[::17]:
+        delta = [part.up.double() @ part.down.double().flatten(1) for part in (made[key], own[key])]
+        assert float((delta[0] - delta[1]).norm() / delta[1].norm()) < 1e-5
+    pixels = [np.asarray(Image.open(files[name]).convert("RGB"), int) for name in ("picture", "again")]
+    assert np.abs(pixels[0] - pixels[1]).max() > 10  # composite and a merge are not the same picture
+
+
+def test_the_assistant_of_the_examples(served):
+    found = asyncio.run(mcp_client.run(served[1]))
+    assert {*found["tools"]} >= OURS
+    facts, file = found["merge"]
+    assert facts["ranks"] == [4]
+    assert [i["weight"] for i in facts["inputs"]] == [0.8, -0.3]
+    assert file.endswith("pair.safetensors")
+    assert found["answers"] == {"base": "korv", "loras": "vrok", "merged": "vrok"}
+
+
+def test_a_tool_says_what_its_arguments_are(served):
+    public = {f.api_name: f.fn for f in served[0].fns.values() if f.api_visibility == "public"}
+    assert {*public} >= OURS
+    for name in OURS:
+        text = inspect.getdoc(public[name])
+        wanted = [p for p in inspect.signature(public[name]).parameters if p != "request"]
+        missing = [p for p in wanted if not re.search(rf"^    {p}: \w", text, re.MULTILINE)]
+        assert not missing, (name, missing)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "arguments", "words"),
+    [
+        ("/merge", (["korv", "dotta"], [0.8]), "weights: 1 numbers for 2 LoRAs"),
+        ("/merge", (["korv", "../x"],), "not in your library"),
+        ("/merge", (["korv"], None, "tis"), "Nearest: ties"),
+        ("/merge", ([],), "no LoRA is chosen"),
+        ("/inspect_lora", ("upload:0123",), "not in your library; upload its file again"),
+        ("/remove_lora", ("korv",), "only those can be removed"),
+        ("/load_base", ("/etc",), "not served here"),
+        ("/answer", ("reverse korv =", ["/etc/passwd"]), "unknown text LoRA"),
+        ("/answer", (" ",), "no prompt"),
+        ("/preview_merge", (["korv"], "file:none"), "not a file"),
+    ],
+)
+def test_what_is_refused_is_said_in_words(client, endpoint, arguments, words):
+    with pytest.raises(Exception, match=words) as refused:
+        client.predict(*arguments, api_name=endpoint)
+    assert "Traceback" not in str(refused.value)
+
+
+def test_a_bad_file_is_refused_in_words_and_two_clients_are_apart(served, client, tmp_path):
+    from gradio_client import Client, handle_file
+
+    bad = tmp_path / "evil.safetensors"
+    bad.write_bytes(b"PK\x03\x04")
+    with pytest.raises(Exception, match=r"evil\.safetensors: not safetensors, this is a zip or a PyTorch pickle"):
+        client.predict(handle_file(bad), None, api_name="/upload_lora")
+    good = tmp_path / "mine.safetensors"
+    multilora.save(multilora.load(find_lora("zib")[0], base="embedded"), good)
+    mine = client.predict(handle_file(good), "mine", api_name="/upload_lora")["reference"]
+    assert mine in [e["reference"] for e in client.predict("", "my uploads", api_name="/list_loras")]
+    other = Client(served[1], verbose=False)
+    assert not other.predict("", "my uploads", api_name="/list_loras")
+    with pytest.raises(Exception, match="not in your library"):
+        other.predict(mine, api_name="/inspect_lora")
+    assert client.predict(mine, api_name="/remove_lora") == "removed"
+
+
+def test_a_refusal_in_a_function_becomes_gradios_error():
+    import gradio as gr
+
+    def fails() -> int:
+        raise ValueError("seven was wanted")
+
+    def says() -> None:
+        yield 1
+        raise ValueError("eight was wanted")
+
+    with pytest.raises(gr.Error, match="seven was wanted"):
+        in_words(fails)()
+    going = in_words(says)()
+    assert next(going) == 1
+    with pytest.raises(gr.Error, match="eight was wanted"):
+        next(going)
+    with gr.Blocks() as app:
+        assert endpoint(fails) is fails
+    assert [f.api_name for f in app.fns.values()] == ["fails"]
