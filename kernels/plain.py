@@ -56,9 +56,13 @@ def rebuild_(
             out.copy_(torch.addmm(flat, left, right).view(out.shape))
 
 
+def guided_factors(outputs: Tensor, mix: Tensor, scale: float) -> Tensor:
+    """[k * 2] what each prediction counts in the guided mean, in float32 or wider."""
+    mix = mix.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
+    return torch.stack([mix * (1 - scale), mix * scale], 1).flatten()
+
+
 def guided_mean(outputs: Tensor, mix: Tensor, scale: float) -> Tensor:
-    """Two matmul-like kernels: the shares and the guidance are one [k, 2] factor on the [k * 2] predictions."""
-    wide = torch.promote_types(outputs.dtype, torch.float32)
-    mix = mix.to(outputs.device, wide)
-    both = torch.stack([mix * (1 - scale), mix * scale], 1).flatten()
-    return (both @ outputs.to(wide).flatten(0, 1).flatten(1)).view(outputs.shape[2:]).to(outputs.dtype)
+    factors = guided_factors(outputs, mix, scale)
+    flat = outputs.to(factors.dtype).flatten(0, 1).flatten(1)
+    return (factors @ flat).view(outputs.shape[2:]).to(outputs.dtype)

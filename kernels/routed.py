@@ -3,7 +3,8 @@
 `routed*` compute what several LoRAs add to a layer: for any row (one for all, per sample, per token), for equal runs
 of samples with factors of their own, or for experts picked by index. They are differentiable in every float argument.
 `add_*` add the same to a layer's output, in place where said and then without gradients. Every other module calls
-these functions; which code runs them is decided here. `reference.py` holds the definitions.
+these functions; `implementation` picks the code that runs, None as the process asks (see choice). `reference.py` holds
+the definitions.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multilora.kernels import plain, reference
+from multilora.kernels.checks import check_index, check_layers, check_row, check_segments
+from multilora.kernels.choice import IMPLEMENTATIONS, chosen
 
-IMPLEMENTATIONS = ("torch", "reference")
+__all__ = [
+    "IMPLEMENTATIONS", "add_by_index_", "add_folded", "add_folded_conv", "guided_mean", "rebuild_", "routed",
+    "routed_by_index", "routed_conv", "routed_embedding", "routed_segments",
+]  # fmt: skip
 
 
 @functools.cache
@@ -25,22 +31,6 @@ def _columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """[R] the LoRA that each of the stacked ranks belongs to."""
     with torch.inference_mode(False):
         return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
-
-
-def _check(name: str, x: Tensor, down: Tensor, up: Tensor, row: Tensor, ranks: Sequence[int], lead: int) -> None:
-    total = sum(ranks)
-    if down.shape[0] != total or up.ndim != 2 or up.shape[1] != total:
-        raise ValueError(
-            f"{name}: ranks {tuple(ranks)} sum to {total}; wanted down [{total}, ...] and up [out, {total}], got "
-            f"down {list(down.shape)} and up {list(up.shape)}"
-        )
-    if row.ndim < 1 or row.shape[-1] != len(ranks):
-        raise ValueError(f"{name}: wanted a row of {len(ranks)} entries (one per LoRA), got shape {list(row.shape)}")
-    if row.ndim - 1 > lead or row.shape[:-1] != x.shape[: row.ndim - 1]:
-        raise ValueError(
-            f"{name}: row {list(row.shape)} does not fit x {list(x.shape)}; wanted [k], [B, k] or [B, T, k] with B, T "
-            f"the first dimensions of x"
-        )
 
 
 def _scale(row: Tensor, ranks: Sequence[int], x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,14 +41,8 @@ def _scale(row: Tensor, ranks: Sequence[int], x: Tensor, dtype: torch.dtype) -> 
     return row
 
 
-def _pick(implementation: str) -> str:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r}: wanted one of {', '.join(IMPLEMENTATIONS)}")
-    return implementation
-
-
 def routed(
-    x: Tensor, down: Tensor, up: Tensor, row: Tensor, ranks: Sequence[int], *, implementation: str = "torch"
+    x: Tensor, down: Tensor, up: Tensor, row: Tensor, ranks: Sequence[int], *, implementation: str | None = None
 ) -> Tensor:
     """What k LoRAs add to a linear layer.
 
@@ -73,12 +57,20 @@ def routed(
 
     Raises ValueError when shapes disagree.
     """
-    _check("routed", x, down, up, row, ranks, x.ndim - 1)
-    if _pick(implementation) == "reference":
+    check_row("routed", x, down, up, row, ranks, x.ndim - 1)
+    which = chosen(implementation, "routed", x)
+    if which == "reference":
         return reference.routed(x, down, up, row, ranks)
     scale = _scale(row, ranks, x, x.dtype)
     if scale.ndim > 1:
         scale = scale.reshape(*scale.shape[:-1], *[1] * (x.ndim - scale.ndim), scale.shape[-1])
+    if which == "triton":
+        from multilora.kernels.triton_segments import segments
+
+        lead = x.shape[:-1] if x.ndim == 3 else (1, x.shape[:-1].numel())
+        scale = scale.expand(*x.shape[:-1], -1).reshape(*lead, -1)
+        y = segments(x.reshape(*lead, -1), down.expand(lead[0], -1, -1), up.expand(lead[0], -1, -1), scale)
+        return y.view(*x.shape[:-1], -1)
     return F.linear(F.linear(x, down) * scale, up)
 
 
@@ -93,7 +85,7 @@ def routed_conv(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     *,
-    implementation: str = "torch",
+    implementation: str | None = None,
 ) -> Tensor:
     """What k LoRAs add to a convolution in one, two or three dimensions.
 
@@ -109,8 +101,8 @@ def routed_conv(
 
     Raises ValueError when shapes disagree.
     """
-    _check("routed_conv", x, down, up, row, ranks, 1)
-    if _pick(implementation) == "reference":
+    check_row("routed_conv", x, down, up, row, ranks, 1)
+    if chosen(implementation, "routed_conv", x, has_triton=False) == "reference":
         return reference.routed_conv(x, down, up, row, ranks, stride, padding, dilation, groups)
     scale = _scale(row, ranks, x, x.dtype)
     ones = [1] * (x.ndim - 2)
@@ -122,7 +114,7 @@ def routed_conv(
     return conv(h, up.reshape(*up.shape, *ones), None, 1, 0, 1, groups)
 
 
-def routed_segments(x: Tensor, down: Tensor, up: Tensor, *, implementation: str = "torch") -> Tensor:
+def routed_segments(x: Tensor, down: Tensor, up: Tensor, *, implementation: str | None = None) -> Tensor:
     """What LoRAs add to a linear layer where equal runs of samples have one each (a batched Composite).
 
     Semantics: ((x.view(g, -1, in) @ down.mT) @ up.mT).view(*x.shape[:-1], out)
@@ -134,39 +126,27 @@ def routed_segments(x: Tensor, down: Tensor, up: Tensor, *, implementation: str 
 
     Raises ValueError when shapes disagree.
     """
-    g = down.shape[0]
-    if down.ndim != 3 or up.ndim != 3 or up.shape[0] != g or up.shape[2] != down.shape[1]:
-        raise ValueError(
-            f"routed_segments: wanted down [g, r, in] and up [g, out, r], got {list(down.shape)} and {list(up.shape)}"
-        )
-    if x.ndim < 2 or x.shape[-1] != down.shape[2] or x.shape[0] % g:
-        raise ValueError(
-            f"routed_segments: x {list(x.shape)} does not fall into {g} equal segments of width {down.shape[2]}"
-        )
-    if _pick(implementation) == "reference":
+    g = check_segments(x, down, up)
+    which = chosen(implementation, "routed_segments", x)
+    if which == "reference":
         return reference.routed_segments(x, down, up)
-    h = torch.bmm(x.reshape(g, -1, x.shape[-1]), down.mT)
-    return torch.bmm(h, up.mT).view(*x.shape[:-1], up.shape[1])
+    runs = x.reshape(g, -1, x.shape[-1])
+    if which == "triton":
+        from multilora.kernels.triton_segments import segments
+
+        return segments(runs, down, up, None).view(*x.shape[:-1], up.shape[1])
+    return torch.bmm(torch.bmm(runs, down.mT), up.mT).view(*x.shape[:-1], up.shape[1])
 
 
-def _check_index(name: str, x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor) -> None:
-    if down.ndim != 3 or up.ndim != 3 or up.shape[0] != down.shape[0] or up.shape[2] != down.shape[1]:
-        raise ValueError(
-            f"{name}: wanted down [E, r, in] and up [E, out, r], got {list(down.shape)}, {list(up.shape)}"
-        )
-    if x.shape[-1] != down.shape[2]:
-        raise ValueError(f"{name}: x {list(x.shape)} has another width than down {list(down.shape)}")
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"{name}: index is {index.dtype}, wanted whole numbers, -1 for none")
-    if weight.shape != index.shape or index.shape[:-1] not in (x.shape[:-1], torch.Size([])):
-        raise ValueError(
-            f"{name}: index {list(index.shape)} and weight {list(weight.shape)} for x {list(x.shape)}; wanted both "
-            f"[j], one route for all, or {list(x.shape[:-1])} + [j]"
-        )
+def _tokens(x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """The arguments with one leading dimension: x [T, in], index and weight [T, j] or [j]."""
+    if index.ndim > 1:
+        index, weight = index.reshape(-1, index.shape[-1]), weight.reshape(-1, index.shape[-1])
+    return x.reshape(-1, x.shape[-1]), down, up, index, weight
 
 
 def routed_by_index(
-    x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor, *, implementation: str = "torch"
+    x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor, *, implementation: str | None = None
 ) -> Tensor:
     """What the experts that each token picks add to a linear layer.
 
@@ -182,14 +162,19 @@ def routed_by_index(
     Gradients in x, down, up and weight. No host synchronisation; indices of E and more are not looked for.
     Raises ValueError when shapes disagree.
     """
-    _check_index("routed_by_index", x, down, up, index, weight)
-    if _pick(implementation) == "reference":
+    check_index("routed_by_index", x, down, up, index, weight)
+    which = chosen(implementation, "routed_by_index", x)
+    if which == "reference":
         return reference.routed_by_index(x, down, up, index, weight)
+    if which == "triton":
+        from multilora.kernels.triton_index import by_index
+
+        return by_index(*_tokens(x, down, up, index, weight)).view(*x.shape[:-1], up.shape[1])
     return plain.by_index(x, down, up, index, weight)
 
 
 def add_by_index_(
-    y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor, *, implementation: str = "torch"
+    y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: Tensor, *, implementation: str | None = None
 ) -> Tensor:
     """y plus what the picked experts add, written into y; for inference, where no gradient is wanted.
 
@@ -201,18 +186,24 @@ def add_by_index_(
     On the CPU one route for all tokens reads the picked experts alone, where they lie. Raises ValueError when shapes
     disagree.
     """
-    _check_index("add_by_index_", x, down, up, index, weight)
+    check_index("add_by_index_", x, down, up, index, weight)
     if y.shape != (*x.shape[:-1], up.shape[1]) or not y.is_contiguous():
         raise ValueError(
             f"add_by_index_: y {list(y.shape)}, wanted contiguous {[*x.shape[:-1], up.shape[1]]} for x {list(x.shape)}"
         )
-    if _pick(implementation) == "reference":
+    which = chosen(implementation, "add_by_index_", x)
+    if which == "reference":
         return y.add_(reference.routed_by_index(x, down, up, index, weight))
+    if which == "triton":
+        from multilora.kernels import triton_index
+
+        triton_index.add_by_index_(y.view(-1, y.shape[-1]), *_tokens(x, down, up, index, weight))
+        return y
     return plain.add_by_index_(y, x, down, up, index, weight)
 
 
 def routed_embedding(
-    ids: Tensor, down: Tensor, up: Tensor, row: Tensor, ranks: Sequence[int], *, implementation: str = "torch"
+    ids: Tensor, down: Tensor, up: Tensor, row: Tensor, ranks: Sequence[int], *, implementation: str | None = None
 ) -> Tensor:
     """What k LoRAs add to an embedding.
 
@@ -227,8 +218,8 @@ def routed_embedding(
 
     Raises ValueError when shapes disagree.
     """
-    _check("routed_embedding", ids, down, up, row, ranks, ids.ndim)
-    if _pick(implementation) == "reference":
+    check_row("routed_embedding", ids, down, up, row, ranks, ids.ndim)
+    if chosen(implementation, "routed_embedding", down, has_triton=False) == "reference":
         return reference.routed_embedding(ids, down, up, row, ranks)
     scale = _scale(row, ranks, ids, down.dtype)
     if scale.ndim > 1:
@@ -236,7 +227,16 @@ def routed_embedding(
     return F.linear(F.embedding(ids, down.T) * scale, up)
 
 
-def add_folded(y: Tensor, x: Tensor, down: Tensor, up: Tensor, alpha: float = 1.0, *, inplace: bool = False) -> Tensor:
+def add_folded(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    alpha: float = 1.0,
+    *,
+    inplace: bool = False,
+    implementation: str | None = None,
+) -> Tensor:
     """A linear layer's output plus its LoRAs', the row folded into `up` and `alpha`.
 
     Semantics: y + alpha * (x.view(g, -1, in) @ down) @ up, with one segment of samples per g
@@ -248,9 +248,18 @@ def add_folded(y: Tensor, x: Tensor, down: Tensor, up: Tensor, alpha: float = 1.
     inplace write into y (when it is contiguous) instead of a new tensor
     returns [..., out]
 
-    Two matmuls, no other kernel.
+    Two matmuls, no other kernel; in Triton, and in place without gradients, one.
     """
     inplace = inplace and y.is_contiguous()
+    if chosen(implementation, "add_folded", x, has_triton=inplace) == "triton":
+        from multilora.kernels.triton_segments import add_segments_
+
+        g = up.shape[0] if up.ndim == 3 else 1
+        add_segments_(
+            y.view(g, -1, y.shape[-1]), x.reshape(g, -1, x.shape[-1]), down.expand(g, -1, -1).mT,
+            up.expand(g, -1, -1).mT, None, float(alpha),
+        )  # fmt: skip
+        return y
     if up.ndim == 2:
         h = x.reshape(-1, x.shape[-1]) @ down
         flat = y.reshape(-1, y.shape[-1])
@@ -299,7 +308,7 @@ def rebuild_(
     ups: Sequence[Tensor],
     scales: Sequence[Tensor],
     *,
-    implementation: str = "torch",
+    implementation: str | None = None,
 ) -> None:
     """Many layers' merged weights from their pristine ones, written into `outs`; no gradients.
 
@@ -313,29 +322,20 @@ def rebuild_(
 
     Summed in float32, or float64 where the base is; rounded once. Raises ValueError when shapes disagree.
     """
-    if not len(outs) == len(bases) == len(downs) == len(ups) == len(scales):
-        raise ValueError(f"rebuild_: {len(outs)} outs for {len(bases)} bases, {len(downs)} downs, {len(ups)} ups and "
-                         f"{len(scales)} scales; wanted one of each per layer")  # fmt: skip
-    for i, (out, base, down, up, scale) in enumerate(zip(outs, bases, downs, ups, scales, strict=True)):
-        rank = down.shape[0]
-        if out.shape != base.shape or out.dtype != base.dtype or not out.is_contiguous():
-            raise ValueError(
-                f"rebuild_: out {i} is {out.dtype} {list(out.shape)}, wanted {base.dtype} {list(base.shape)} without "
-                f"gaps"
-            )
-        if down.shape[1:] != base.shape[1:] or up.shape != (base.shape[0], rank) or scale.shape != (rank,):
-            raise ValueError(
-                f"rebuild_: layer {i} of shape {list(base.shape)} got down {list(down.shape)}, up {list(up.shape)} "
-                f"and scale {list(scale.shape)}; wanted [R, in, *kernel], [out, R] and [R]"
-            )
-    if _pick(implementation) == "reference":
+    check_layers(outs, bases, downs, ups, scales)
+    which = chosen(implementation, "rebuild_", bases[0]) if bases else "torch"
+    if which == "reference":
         for out, *arguments in zip(outs, bases, downs, ups, scales, strict=True):
             out.copy_(reference.rebuild(*arguments))
-        return
-    plain.rebuild_(outs, bases, downs, ups, scales)
+    elif which == "triton":
+        from multilora.kernels import triton_rebuild
+
+        triton_rebuild.rebuild_(outs, bases, downs, ups, scales)
+    else:
+        plain.rebuild_(outs, bases, downs, ups, scales)
 
 
-def guided_mean(outputs: Tensor, mix: Tensor, scale: float, *, implementation: str = "torch") -> Tensor:
+def guided_mean(outputs: Tensor, mix: Tensor, scale: float, *, implementation: str | None = None) -> Tensor:
     """The guided prediction of several passes: classifier-free guidance of their weighted mean.
 
     Semantics: m = einsum("k,k...->...", mix, outputs); m[0] + scale * (m[1] - m[0])
@@ -351,6 +351,11 @@ def guided_mean(outputs: Tensor, mix: Tensor, scale: float, *, implementation: s
         raise ValueError(
             f"guided_mean: wanted outputs [k, 2, ...] and mix [k], got {list(outputs.shape)} and {list(mix.shape)}"
         )
-    if _pick(implementation) == "reference":
+    which = chosen(implementation, "guided_mean", outputs)
+    if which == "reference":
         return reference.guided_mean(outputs, mix, scale)
+    if which == "triton":
+        from multilora.kernels import triton_mean
+
+        return triton_mean.guided_mean(outputs, mix, scale)
     return plain.guided_mean(outputs, mix, scale)
