@@ -14,7 +14,7 @@ START, END = "<!-- report: start -->", "<!-- report: end -->"
 
 
 def share(found: int, asked: int) -> str:
-    """"0.93 (0.91 to 0.95), 465 of 500"."""
+    """Such as "0.93 (0.91 to 0.95), 465 of 500"."""
     if not asked:
         return "not measured"
     low, high = wilson(found, asked)
