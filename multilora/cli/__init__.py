@@ -25,11 +25,13 @@ from multilora.cli.fisher import fisher
 from multilora.cli.gates import gates
 from multilora.cli.grid import grid
 from multilora.cli.inspect import inspect
+from multilora.cli.judge import judge
 from multilora.cli.loras import loras
 from multilora.cli.merge import merge
 from multilora.cli.methods import methods
 from multilora.cli.reproduce import reproduce
 from multilora.cli.resize import resize
+from multilora.cli.score import score
 from multilora.cli.search import search
 from multilora.cli.train import train
 from multilora.cli.world import world
@@ -57,6 +59,8 @@ app.command()(search)
 app.command()(batch)
 app.command("eval")(evaluation)
 app.command()(grid)
+app.command()(score)
+app.command()(judge)
 app.command()(reproduce)
 app.command()(doctor)
 app.command("app")(app_command)

@@ -217,25 +217,27 @@ class Judge:
         Raises ScoreFailed when the model cannot be asked any more; what was answered is kept and not asked again.
         """
         asked = [(a, b, p) if turn == 0 else (b, a, p) for a, b, p in pairs for turn in (0, 1)]
-        pool, ended = ThreadPoolExecutor(max_workers=max(1, self.answerer.parallel)), threading.Event()
+        pool, ended = ThreadPoolExecutor(max_workers=max(1, self.answerer.parallel)), []
         try:
             answers = [pool.submit(self._asked, *one, ended) for one in asked]
             for straight, turned in zip(answers[::2], answers[1::2], strict=True):
                 there, back = straight.result(), turned.result()
                 yield Verdict((_named(there, "first", "second"), _named(back, "second", "first")))
         finally:
-            ended.set()
+            ended.append(ScoreFailed("nobody waits for this verdict any more"))
             pool.shutdown(cancel_futures=True)
 
-    def _asked(self, a: Image.Image, b: Image.Image, prompt: str, ended: threading.Event) -> str | None:
+    def _asked(self, a: Image.Image, b: Image.Image, prompt: str, ended: list[Exception]) -> str | None:
         """ "A", "B" or "TIE" of one order; None after `tries` unreadable answers or a refusal.
 
-        Once one question has failed for good, or nobody listens any more, `ended` keeps the others from being asked.
+        What ended the comparison is the first in `ended`: it keeps the questions that are left from being asked.
         """
+        if ended:
+            raise ended[0]
         try:
-            return None if ended.is_set() else self._verdict(a, b, prompt)
-        except BaseException:
-            ended.set()
+            return self._verdict(a, b, prompt)
+        except Exception as error:
+            ended.append(error)
             raise
 
     def _verdict(self, a: Image.Image, b: Image.Image, prompt: str) -> str | None:

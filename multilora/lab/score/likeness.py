@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from multilora.lab.score.cache import Vectors, picture_hash
 from multilora.lab.score.clip import CACHE, DEVICE
@@ -24,6 +24,7 @@ from multilora.lab.score.embed import Embedder
 from multilora.lab.score.presence import ARCHITECTURES, Eyes, load_recogniser
 from multilora.lab.score.record import score
 from multilora.method import Opt
+from multilora.pipelines.pictures import read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHARPNESS = 100.0  # of the softmax over cosines: CLIP's own logit scale after training
@@ -96,11 +97,7 @@ def read_references(folder: str | Path) -> dict[str, dict[str, list[Image.Image]
     for path in sorted(folder.glob("*/*/*")):
         if path.suffix.lower() not in SUFFIXES:
             continue
-        try:
-            with Image.open(path) as image:
-                picture = image.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"reference picture {path} cannot be read: {error}") from error
+        picture = read_picture("reference picture", path).image
         found.setdefault(path.parent.parent.name, {}).setdefault(path.parent.name, []).append(picture)
     if not found:
         raise ValueError(f"references {folder}: wanted pictures as CATEGORY/LABEL/PICTURE with {', '.join(SUFFIXES)}")

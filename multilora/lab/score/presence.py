@@ -90,9 +90,7 @@ class AttentionNet(nn.Module):
         self.blocks3 = nn.Sequential(_Residual(width[2]), _Residual(width[2]))
         self.norm = nn.LayerNorm(width[2])
         self.place = nn.Parameter(torch.randn(64, width[2]) * 0.02)
-        self.questions = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(4, width[2]) * 0.05) for name in heads}
-        )
+        self.questions = nn.ParameterDict({name: nn.Parameter(torch.randn(4, width[2]) * 0.05) for name in heads})
         self.heads = nn.ModuleDict({name: nn.Linear(4 * width[2], len(labels)) for name, labels in heads.items()})
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
