@@ -13,10 +13,9 @@ from PIL import Image
 import multilora
 from examples import api_client, mcp_client
 from multilora.pipelines.load import find_lora
-from multilora.web.app import build
 from multilora.web.endpoints import endpoint, in_words
-from multilora.web.service.guard import launch_options
 from tests.service_here import here
+from tests.service_here import served as serve
 
 OURS = {
     "merge", "list_merge_methods", "compare_loras", "preview_merge", "list_loras", "upload_lora", "inspect_lora",
@@ -26,13 +25,8 @@ OURS = {
 
 @pytest.fixture(scope="module")
 def served():
-    with pytest.MonkeyPatch.context() as patch, here(patch) as service:
-        app = build(service)
-        app.queue()
-        options = {**launch_options(service), "quiet": True, "prevent_thread_lock": True, "mcp_server": True}
-        _, url, _ = app.launch(**options)
-        yield app, url
-        app.close(verbose=False)
+    with pytest.MonkeyPatch.context() as patch, here(patch) as service, serve(service, mcp_server=True) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from multilora.lora import Card, Lora, LowRank
 from multilora.pipelines.load import find_lora
 from multilora.web.library import ALL, MINE, base_card, card, inspected, loaded, matching, previewed, report, retitled
 from multilora.web.service import Refused
+from multilora.web.text import KINDS
 from tests import bad_files, tiny
-from tests.service_here import here, told
+from tests.service_here import browsing, here, served, told
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,38 @@ def test_words_on_a_card_have_a_length(service, file):
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "PNG")
     assert service.set_preview(session, entry.reference, stream.getvalue()).preview.is_file()
+
+
+@pytest.mark.long
+def test_a_browser_is_told_in_words_why_an_upload_is_refused(service, file, tmp_path):
+    bad = tmp_path / "evil.safetensors"
+    bad.write_bytes(b"PK\x03\x04 not what it says")
+    with served(service) as (_, url), browsing(f"{url}?page=library") as tab:
+        check = tab.get_by_role("button", name="Check and add")
+        check.click()
+        tab.get_by_role("alert").filter(has_text="No file is chosen").wait_for()
+        tab.locator("input[type=file]:not([accept^=image])").last.set_input_files(bad)
+        tab.get_by_text("evil.safetensors").first.wait_for()
+        check.click()
+        told_of = tab.get_by_role("alert").filter(has_text="Not added. evil.safetensors: not safetensors")
+        told_of.wait_for()
+        assert "Traceback" not in tab.content()
+        tab.locator("input[type=file]:not([accept^=image])").last.set_input_files(file)
+        tab.get_by_text("half.safetensors").first.wait_for()
+        check.click()
+        tab.get_by_role("status").filter(has_text="half is among your LoRAs now").wait_for()
+        tab.get_by_role("button", name="Inspect").click()
+        tab.get_by_text("Where it acts").wait_for()
+        tab.get_by_role("button", name="Remove", exact=True).click()
+        tab.get_by_role("status").filter(has_text="half is removed").wait_for()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 1440
+
+
+@pytest.mark.long
+def test_a_phone_asks_the_language_model(service):
+    with served(service) as (_, url), browsing(f"{url}?page=text", 390, 844, "dark") as tab:
+        tab.get_by_role("button", name="Answer", exact=True).click()
+        tab.get_by_role("status").filter(has_text="answered:").wait_for()
+        answers = [tab.get_by_label(label, exact=True).input_value() for label in KINDS.values()]
+        assert answers == ["korv", "vrok", "vrok"]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390

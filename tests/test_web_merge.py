@@ -15,7 +15,7 @@ from multilora.web import said
 from multilora.web.merge import _options
 from multilora.web.merging import heat_maps, merged, overlap, previews, summary, triggers
 from multilora.web.service import Merge, Refused, Share
-from tests.service_here import here, told
+from tests.service_here import browsing, here, served, told
 
 NAMES = ["zib", "dotta", "inka"]
 WEIGHTS = [0.7, -0.4, 1.1]
@@ -212,3 +212,47 @@ def test_options_come_from_the_chosen_methods_controls():
 def test_a_prompt_of_triggers(service):
     known = {e.name: e for e in service.library(service.session("lea"))}
     assert triggers([known["zib"], known["dotta"]]) == "zib alien and dotta poncho"
+
+
+@pytest.mark.long
+def test_a_browser_merges_and_downloads_and_plain_diffusers_draws_with_the_file(service, sources, tmp_path):
+    from multilora.pipelines.composing import composing
+    from multilora.pipelines.load import load_pipeline
+
+    path = tmp_path / "down.safetensors"
+    with served(service) as (_, url), browsing(f"{url}?page=merge") as tab:
+        shelf = tab.locator(".ml-shelf button:visible")
+        for name in NAMES[:2]:
+            shelf.filter(has_text=name).first.click()
+            tab.get_by_label(f"weight of {name}").first.wait_for()
+        tab.get_by_label("number input for weight of zib").fill("0.7")
+        tab.get_by_label("number input for weight of zib").press("Tab")
+        tab.get_by_role("button", name="Merge", exact=True).click()
+        ready = tab.get_by_text("Download zib-dotta.safetensors")
+        ready.wait_for()
+        with tab.expect_download() as waited:
+            ready.click()
+        waited.value.save_as(path)
+        assert tab.get_by_text("Where they overlap").is_visible()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 1440
+    pipe = load_pipeline("embedded", device="cpu")
+
+    def draw():
+        options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+        return pipe("zib alien in dotta poncho", generator=torch.Generator().manual_seed(3), **options).images[0]
+
+    base = draw()
+    with composing(pipe, [multilora.merge(sources[:2], [0.7, 1.0])]):
+        own = draw()
+    pipe.load_lora_weights(tmp_path, weight_name=path.name)
+    assert np.abs(draw() - own).max() < 1e-3
+    assert np.abs(base - own).max() > 0.1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_fits_a_phone(service, theme):
+    with served(service) as (_, url), browsing(f"{url}?page=merge&__theme={theme}", 390, 844, theme) as tab:
+        tab.get_by_role("button", name="Merge", exact=True).click()
+        tab.get_by_role("alert").filter(has_text="no LoRA is chosen").wait_for()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
