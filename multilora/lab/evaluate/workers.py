@@ -10,6 +10,7 @@ import dataclasses
 import faulthandler
 import os
 import socket
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -98,8 +99,8 @@ class Crash:
 
     def close(self) -> None:
         faulthandler.disable()
-        if self._before:
-            faulthandler.enable()
+        if self._before and sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__)  # sys.stderr may be a stand-in without a file
         self._file.close()
         self.path.unlink(missing_ok=True)
 
