@@ -17,6 +17,10 @@ from multilora.web.service import Base, Compose, Job, Refused, Session
 from multilora.web.shell import Shell
 
 TOLD_EVERY = 0.1  # seconds between two messages to the browser
+# On a phone the result is below the controls.
+SHOW = """() => {
+  if (window.innerWidth < 700) document.querySelector("#ml-state").scrollIntoView({ behavior: "smooth" });
+}"""
 READY = "Ready. Click LoRAs, write a prompt, then Draw."
 
 
@@ -103,7 +107,7 @@ def page(shell: Shell) -> None:
             with gr.Accordion("History of this session", open=True):
                 past = gr.Gallery(
                     show_label=False, columns=6, height=260, allow_preview=False, object_fit="contain",
-                    fit_columns=False, interactive=False, elem_id="ml-history", buttons=[],
+                    fit_columns=False, visible=False, interactive=False, elem_id="ml-history", buttons=[],
                 )  # fmt: skip
 
     buttons = [draw, several, stop]
@@ -115,8 +119,9 @@ def page(shell: Shell) -> None:
             stop: gr.Button(interactive=busy),
         }
 
-    def gallery(session: Session) -> list[str]:
-        return [str(path) for path in history.files(session)]
+    def gallery(session: Session) -> Any:
+        paths = [str(path) for path in history.files(session)]
+        return gr.Gallery(value=paths, visible=bool(paths))
 
     def one(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the controls say; yields what changes on the page."""
@@ -202,6 +207,8 @@ def page(shell: Shell) -> None:
         going.failure(mistaken, None, [state, *buttons], queue=False, **private)
     going = several.click(many, inputs, [*shown, *sheet.components], trigger_mode="once", **private)
     going.failure(mistaken, None, [state, *buttons], queue=False, **private)
+    for button in (draw, several):
+        button.click(None, None, None, js=SHOW, **private)
     stop.click(running.stop, None, None, queue=False, **private)
 
     def pick(request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:

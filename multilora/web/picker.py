@@ -43,15 +43,20 @@ def shelf(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def curve(text: str, steps: Any) -> dict[str, Any]:
-    """A schedule's weight at each step: {"weights": [steps]}, or {"error": what is wrong with it}."""
+def curve(asked: dict[str, Any]) -> dict[str, Any]:
+    """A schedule {"text", "steps"} as its weight at each step: {"weights": [steps]}, or {"error": what is wrong}.
+
+    One that goes by sigma comes as {"points": [[sigma, weight], ...], "unit": "sigma"}: the sigmas of the steps are
+    the scheduler's.
+    """
     try:
+        text, steps = asked["text"], asked["steps"]
         schedule = Schedule.parse(str(text)[:400])
         if schedule.unit == "sigma":
             return {"points": [[p, w] for w, p in schedule.points], "unit": "sigma"}
         count = min(max(int(steps or 25), 1), 200)
         return {"weights": [schedule.at(i, count) for i in range(count)]}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         return {"error": str(error)}
 
 

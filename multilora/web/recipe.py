@@ -19,6 +19,7 @@ a copy), or paste a link. Compose then has every control as it was, and **Draw**
 def page(shell: Shell) -> None:
     """The page. It fills the controls of Compose, which stands before it in the list of pages."""
     private = {"api_visibility": "private", "show_progress": "hidden"}
+    gr.HTML(said.STYLE)
     gr.Markdown(HELP)
     with gr.Row():
         with gr.Column(min_width=320):
@@ -28,9 +29,9 @@ def page(shell: Shell) -> None:
             text = gr.Textbox(label="Or a link, or a recipe as JSON", lines=2, elem_id="ml-pasted")
             read = gr.Button("Read it", size="md")
             state = gr.HTML("", apply_default_css=False, elem_id="ml-read")
+            to_compose = gr.Button("Open in Compose", variant="primary", interactive=False, elem_id="ml-open")
         with gr.Column(min_width=320):
             table = gr.HTML("", apply_default_css=False)
-    to_compose = gr.Button("Open in Compose", variant="primary", interactive=False, elem_id="ml-open")
     held = gr.State(None)
 
     def take(recipe: Recipe, request: gr.Request) -> dict[Any, Any]:
@@ -98,6 +99,8 @@ def _table(recipe: Recipe) -> str:
     }  # fmt: skip
     if recipe.resolved:
         made = recipe.resolved
-        rows["made on"] = f"{made.device}, {made.dtype}, {made.threads} threads, {made.form}"
+        rows["made on"] = (
+            f"{made.device}, {made.dtype}, {made.threads} thread{'s' if made.threads > 1 else ''}, {made.form}"
+        )
         rows["versions"] = made.versions
     return said.facts(rows, "What it was made with")

@@ -44,7 +44,7 @@ def scores(found: dict[str, Any]) -> str:
         who = escape(str(found.get("recogniser", "")))
         parts.append(
             f"<p><b>{there} of {len(presence)} elements present</b> <small>does a recogniser see what each LoRA "
-            f"stands for ({who})</small></p><table class='ml-presence'>"
+            f"stands for (recogniser {who})</small></p><table class='ml-presence'>"
         )
         for name, each in presence.items():
             odds = float(each["probability"])

@@ -198,6 +198,8 @@ function drawn(plot, said, note) {
   svg("text", { x: 292, y: 76, "text-anchor": "end" }, back ? `noise ${left}` : "last step");
 }
 
+const asked = (text) => server.curve({ text, steps: numberOf("ml-steps", 25) });
+
 function schedule(use, redraw) {
   const text = make("input", {
     type: "text", value: isSchedule(use.weight) ? use.weight : "", placeholder: "0@0,1@0.5", spellcheck: "false",
@@ -210,10 +212,10 @@ function schedule(use, redraw) {
   plot.setAttribute("aria-label", `curve of the weight of ${use.name}`);
   const note = make("p", { class: "ml-wrong", role: "alert" });
   let timer = null;
-  const show = async () => drawn(plot, await server.curve(text.value || String(use.weight), numberOf("ml-steps", 25)), note);
+  const show = async () => drawn(plot, await asked(text.value || String(use.weight)), note);
   const taken = async (ready) => {
     const value = text.value.trim();
-    const said = value ? await server.curve(value, numberOf("ml-steps", 25)) : {};
+    const said = value ? await asked(value) : {};
     if (said.error) return drawn(plot, said, note);
     say(use, { weight: value.includes("@") ? value : Number(value || 1) });
     if (ready) redraw();
