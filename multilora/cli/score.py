@@ -54,7 +54,13 @@ def score(
         given["prompts"] = prompt if prompt is not None else [_prompt(path) for path in paths]
     if "references" in needs and reference:
         given["references"] = [[_opened(path) for path in _found(reference)]]
-    measured = measure(there, [_opened(path) for path in paths], **given)
+    images = [_opened(path) for path in paths]
+    for scorer in there:
+        if estimate := getattr(scorer.source, "estimate", None):
+            told = [prompt] * len(paths) if prompt is not None else given["prompts"]
+            rivals = len(given.get("references", [[]])[0])
+            note(f"{scorer.model}: {estimate([p for p in told for _ in range(rivals)], images[0].size)}")
+    measured = measure(there, images, **given)
     failed |= measured.failed
     models = {s.name: s.model for s in there if s.name in measured.values}
     means = {name: mean(values) for name, values in measured.values.items()}
