@@ -8,6 +8,7 @@ python examples/mcp_client.py http://127.0.0.1:7860
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import json
 from typing import Any
@@ -27,15 +28,20 @@ async def run(url: str) -> dict[str, Any]:
         for name, tool in sorted(tools.items()):
             print(f"{name}: {tool.description.partition('.')[0]}")
         loras = await _called(session, "list_loras", {"text": "", "category": "character"})
-        names = [entry["reference"] for entry in json.loads(loras[0])][:2]
+        names = [entry["reference"] for entry in ast.literal_eval(loras[0])][:2]
         asked = {"loras": names, "weights": [0.8, -0.3], "method": "svd", "rank": 4, "name": "pair"}
         facts, file = await _called(session, "merge", asked)
         said = await _called(session, "answer", {"prompt": "reverse korv =", "loras": ["reverse"], "tokens": 8})
-        return {"tools": tools, "loras": names, "merge": (json.loads(facts), file), "answers": json.loads(said[0])}
+        return {
+            "tools": tools,
+            "loras": names,
+            "merge": (ast.literal_eval(facts), file),
+            "answers": ast.literal_eval(said[0]),
+        }
 
 
 async def _called(session: ClientSession, tool: str, arguments: dict[str, Any]) -> list[str]:
-    """The texts of a tool's result. RuntimeError with the server's words when it refuses."""
+    """The texts of a tool's result, values as Python writes them. RuntimeError, in words, when it refuses."""
     result = await session.call_tool(tool, arguments)
     texts = [part.text for part in result.content if part.type == "text"]
     if result.isError:

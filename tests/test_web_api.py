@@ -126,3 +126,12 @@ def test_a_refusal_in_a_function_becomes_gradios_error():
     with gr.Blocks() as app:
         assert endpoint(fails) is fails
     assert [f.api_name for f in app.fns.values()] == ["fails"]
+
+
+def test_tools_are_not_served_behind_logins(tmp_path):
+    from typer.testing import CliRunner
+
+    from multilora.cli import app
+
+    with pytest.raises(ValueError, match="--mcp with --auth"):
+        CliRunner().invoke(app, ["app", "--mcp", "--auth", str(tmp_path / "users")], catch_exceptions=False)

@@ -41,7 +41,9 @@ def app(
     waiting: Annotated[int, typer.Option(help="requests that may wait, of all users", min=0)] = 20,
     per_user: Annotated[int, typer.Option(help="requests that may wait, of one user", min=1)] = 2,
     seconds: Annotated[float, typer.Option(help="that one request may run", min=1)] = 900.0,
-    mcp: Annotated[bool, typer.Option("--mcp", help="also serve the actions as MCP tools")] = False,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="also serve the actions as MCP tools; all who call them share files")
+    ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="write prompts into the log as well")] = False,
 ) -> None:
     """Serve the web app; Ctrl-C or SIGTERM lets the running picture finish (30 s at most) and ends it."""
@@ -55,6 +57,8 @@ def app(
             f"--host {host}: whoever reaches this machine could use it, and no login is asked for; give --auth FILE, "
             "or --anyone if that is meant"
         )
+    if mcp and auth is not None:
+        raise ValueError("--mcp with --auth: gradio's tools cannot log in; serve them without logins on this machine")
     if loras is not None and not loras.is_dir():
         raise ValueError(f"--loras {str(loras)!r}: no such folder")
     users = read_users(auth) if auth is not None else None
