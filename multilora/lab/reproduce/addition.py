@@ -17,7 +17,7 @@ from multilora.lab.world.language import Example, stream
 from multilora.lab.world.language_loras import PLANS, TextPlan, as_texts, plan_examples
 from multilora.lab.world.report import Journal
 from multilora.lab.world.settings import TEXT_FULL
-from multilora.lab.world.tables import share, table
+from multilora.lab.world.tables import share, table, wilson
 from multilora.lora import Lora
 from multilora.merge.factor import factor
 
@@ -220,18 +220,20 @@ def verdict(journal: Journal) -> tuple[bool, str]:
     gains = {w: [x - y for x, y in zip(found[w], found["one LoRA on both"], strict=True)] for w in (paper, best)}
     mean, low, high = mean_interval(gains[paper])
     ours = mean_interval(gains[best])
-    spread = _spread_shares(journal)
-    halves = max(_pooled(cells) for name, cells in spread.items() if name.startswith("length"))
+    spread = {name: [sum(c[i] for c in cells) for i in (0, 1)] for name, cells in _spread_shares(journal).items()}
+    half = max((cell for name, cell in spread.items() if name.startswith("length")), key=rate)
+    wider = wilson(*spread[paper])[0] > wilson(*half)[1]
     said = (
-        f"the mean of factors is {mean:+.2f} ({low:+.2f} to {high:+.2f}) against the better LoRA alone on both, "
-        f"the sum of updates {ours[0]:+.2f} ({ours[1]:+.2f} to {ours[2]:+.2f}); on one skill's two distributions the "
-        f"mean of factors has {_pooled(spread[paper]):.2f} right, the better half alone {halves:.2f}"
+        f"two skills by the paper's mean of factors: {_yes(low > 0)}, {mean:+.2f} ({low:+.2f} to {high:+.2f}) against "
+        f"the better LoRA alone on both; by the sum of updates: {_yes(ours[1] > 0)}, {ours[0]:+.2f} ({ours[1]:+.2f} "
+        f"to {ours[2]:+.2f}); one skill's two distributions by the mean of factors: {_yes(wider)}, "
+        f"{rate(spread[paper]):.2f} right against {rate(half):.2f} of the better half alone"
     )
     return low > 0, said
 
 
-def _pooled(cells: Sequence[Sequence[int]]) -> float:
-    return sum(c[0] for c in cells) / sum(c[1] for c in cells)
+def _yes(held: bool) -> str:
+    return "yes" if held else "no"
 
 
 def figure(journal: Journal) -> Image.Image:

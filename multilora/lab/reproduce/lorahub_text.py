@@ -120,14 +120,16 @@ def gains(journal: Journal, method: str) -> dict[str, tuple[float, float, float]
 
 def verdict(journal: Journal) -> tuple[bool, str]:
     """The claims: better than zero-shot; close to few-shot tuning (no interval below it)."""
-    paper, said = "LoRAHub, factors (the paper's)", []
+    said = []
     for method in SEARCHES:
         each = gains(journal, method)
         said.append(
             f"{method}: " + ", ".join(f"{g[0]:+.2f} ({g[1]:+.2f} to {g[2]:+.2f}) against {b}" for b, g in each.items())
         )
-    held = gains(journal, paper)
-    return held["zero-shot"][1] > 0 and held["few-shot LoRA"][2] >= 0, "; ".join(said)
+    held = gains(journal, "LoRAHub, factors (the paper's)")
+    better, near = held["zero-shot"][1] > 0, held["few-shot LoRA"][2] >= 0
+    first = f"better than zero-shot: {'yes' if better else 'no'}; about as few-shot tuning: {'yes' if near else 'no'}"
+    return better and near, "; ".join([first, *said])
 
 
 def figure(journal: Journal) -> Image.Image:
