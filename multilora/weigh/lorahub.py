@@ -50,7 +50,7 @@ def lorahub(
                it gets the composed Loras (merge `factor`, convention "lorahub"), each with a one-hot row
     model      once there are more trials than a quadratic of k weights has coefficients, (k + 1)(k + 2) / 2, its
                minimum under the price and the bounds is injected into each generation (arXiv 1110.4181): a few
-               weights are then found within tens of candidates, of a noisy score not worse than without it (tests). With
+               weights are then found within tens of candidates; on a noisy score it is not behind plain CMA-ES. With
                many LoRAs and a small budget it never acts
     state      a JSON file. A search of the same LoRAs, score and settings goes on from it and ends as if it had never
                stopped, also under a larger budget
