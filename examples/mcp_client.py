@@ -14,13 +14,13 @@ import json
 from typing import Any
 
 from mcp import ClientSession
-from mcp.client.streamable_http import streamablehttp_client
+from mcp.client.streamable_http import streamable_http_client
 
 
 async def run(url: str) -> dict[str, Any]:
     """What the tools said: "tools" (names), "loras", "merge" (facts, and the file's address), "answers"."""
     async with (
-        streamablehttp_client(f"{url.rstrip('/')}/gradio_api/mcp/") as (read, write, _),
+        streamable_http_client(f"{url.rstrip('/')}/gradio_api/mcp/") as (read, write, _),
         ClientSession(read, write) as session,
     ):
         await session.initialize()

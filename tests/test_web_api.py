@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,7 @@ def test_a_refusal_in_a_function_becomes_gradios_error():
     assert next(going) == 1
     with pytest.raises(gr.Error, match="eight was wanted"):
         next(going)
+    assert in_words(lambda: ({4: Path("/a/b")}, [Path("c")], None))() == ({"4": "/a/b"}, ["c"], None)
     with gr.Blocks() as app:
         assert endpoint(fails) is fails
     assert [f.api_name for f in app.fns.values()] == ["fails"]

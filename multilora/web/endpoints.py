@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,15 @@ def endpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_words(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, raising gr.Error with the message of what it refuses, which is shown to whoever asked."""
+    """The function, raising gr.Error with the message of what it refuses, which is shown to whoever asked; what JSON
+    has not in what it gives (paths, numbers as keys) becomes text."""
     if inspect.isgeneratorfunction(fn):
 
         @functools.wraps(fn)
         def going(*args: Any, **kwargs: Any) -> Iterator[Any]:
             try:
-                yield from fn(*args, **kwargs)
+                for each in fn(*args, **kwargs):
+                    yield _sent(each)
             except ValueError as error:  # Refused and pydantic's are ValueErrors
                 raise gr.Error(str(error), print_exception=False) from None
 
@@ -52,11 +54,19 @@ def in_words(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def done(*args: Any, **kwargs: Any) -> Any:
         try:
-            return fn(*args, **kwargs)
+            return _sent(fn(*args, **kwargs))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
     return done
+
+
+def _sent(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _sent(each) for key, each in value.items()}
+    return type(value)(map(_sent, value)) if type(value) in (list, tuple) else value
 
 
 def telling(going: Generator[str, None, Any], shown: Callable[[str], Any]) -> Generator[Any, None, Any]:

@@ -205,7 +205,7 @@ def _endpoints(shell: Shell) -> None:
         how = {"rank": rank, "energy": energy, "name": name, "format": format, "dtype": dtype}
         going = merged(service, session, loras, weights, method, options or {}, **how)
         facts, output = yield from telling(going, lambda line: ({"state": line}, None))
-        yield {**facts, "reference": output.reference}, str(output.path)
+        yield {**facts, "reference": output.reference}, output.path
 
     def list_merge_methods() -> list:
         """The methods by which LoRAs become one.
