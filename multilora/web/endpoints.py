@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import typing
@@ -44,8 +45,9 @@ def in_words(fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
         def going(*args: Any, **kwargs: Any) -> Iterator[Any]:
             try:
-                for each in fn(*args, **kwargs):
-                    yield _sent(each)
+                with contextlib.closing(fn(*args, **kwargs)) as said:
+                    for each in said:
+                        yield _sent(each)
             except ValueError as error:  # Refused and pydantic's are ValueErrors
                 raise gr.Error(str(error), print_exception=False) from None
 
