@@ -73,4 +73,5 @@ def launch(service: Service, **options: Any) -> None:
     """Serve the app until the process is interrupted; options are gradio's `launch`'s."""
     app = build(service)
     app.queue(default_concurrency_limit=service.limits.waiting + len(service.workers))
-    app.launch(**{**look(), **options})
+    # _frontend: gradio asks its own page once, and gives up on a machine that takes 3 s to answer.
+    app.launch(**{**look(), "_frontend": False, **options})
