@@ -2,10 +2,15 @@
 
 import hashlib
 import json
+import shutil
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from multilora import files
 from multilora.lab.train.data import read_folder
@@ -76,6 +81,26 @@ def test_every_design_has_a_plan_and_training_data(tmp_path):
         assert len(found) == 4
         assert all(DESIGNS[name].trigger in e.caption for e in found)
     assert {d.category for d in DESIGNS.values()} == set(CATEGORIES)
+
+
+def test_a_plan_may_say_how_many_pictures_of_each_style_it_trains_on():
+    scenes = loras.training_scenes("raio")
+    assert Counter(s.style for s in scenes) == dict(loras.PLANS["raio"].styles)
+    stream = [loras.stream_scene("raio", "train", i) for i in range(400)]
+    assert [s for s in stream if s in scenes] == scenes  # no scene twice, all from the training stream, in its order
+
+
+def test_a_plan_may_strengthen_what_was_trained(tmp_path):
+    name = next(n for n, plan in loras.PLANS.items() if plan.format == "diffusers" and plan.strength == 1.0)
+    path = shutil.copy(library()[name]["path"], tmp_path / "x.safetensors")
+    before = files.load(path)
+    loras.strengthen(path, replace(loras.PLANS[name], strength=1.25))
+    after = files.load(path)
+    assert after.norm() == pytest.approx(1.25 * before.norm(), rel=1e-3)
+    assert (after.card.name, after.card.triggers) == (before.card.name, before.card.triggers)
+    with safe_open(path, "pt") as file, safe_open(library()[name]["path"], "pt") as own:
+        assert file.metadata()["recipe"] == own.metadata()["recipe"]
+    assert {t.dtype for t in load_file(path).values()} == {torch.float16}
 
 
 def test_training_and_judging_scenes_differ():
