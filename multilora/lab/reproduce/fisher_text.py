@@ -23,9 +23,9 @@ from multilora.lab.world.report import Journal
 from multilora.lab.world.tables import table
 
 GRID = tuple(i / 10 for i in range(11))  # the donor's weight
-STEPS, RATE, BATCH = 60, 5e-4, 16  # of each fine-tuning; few_shot's rate
-DONOR_STEPS = 120
-SAMPLES = 64  # examples of a Fisher
+STEPS, RATE, BATCH = 40, 5e-4, 16  # of each fine-tuning; few_shot's rate
+DONOR_STEPS = 80
+SAMPLES = 48  # examples of a Fisher
 # task -> (examples of it, the intermediate task)
 TASKS: Mapping[str, tuple[int, str]] = {"sort_digits": (10, "sort"), "mirror": (20, "reverse")}
 NEWS = 20  # questions about the new designs that are answered in training; the rest is asked
