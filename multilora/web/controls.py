@@ -25,7 +25,7 @@ class Controls:
         entries = service.library(service.session("page"))
         self.prompt = gr.Textbox(
             label="Prompt", lines=2, max_lines=6, elem_id="ml-prompt", submit_btn=False,
-            info="What to draw. LoRAs answer to their trigger words; a preview adds them. Shift+Enter draws.",
+            info="What to draw. LoRAs answer to their trigger words, which a click writes. Shift+Enter draws.",
             placeholder="a korv fox in a dotta poncho, on a palma beach",
         )  # fmt: skip
         self.loras = picker(entries, elem_id="ml-loras")
