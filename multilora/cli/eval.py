@@ -19,6 +19,8 @@ from multilora.cli.batch import shown_progress, stopped_by_signals
 from multilora.cli.console import note, print_json
 from multilora.cli.order import quiet
 
+TABLES = ("cells", "categories", "differences", "wins", "costs")  # of the JSON; pictures are in tables/
+
 
 def evaluation(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of the evaluation; give it again to go on")] = Path(
@@ -116,7 +118,7 @@ def evaluation(
         paths = write(results, out)
         made = tables(results)
         if as_json:
-            print_json({name: made[name] for name in ("cells", "categories", "differences", "wins", "costs")})
+            print_json({name: [_plain(row) for row in made[name]] for name in TABLES})
         else:
             print(markdown(made))
             for text in findings(results):
@@ -127,6 +129,11 @@ def evaluation(
         raise typer.Exit(130)
     if results.failed:
         raise typer.Exit(1)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with null for nan, which JSON does not have."""
+    return {name: None if value != value else value for name, value in row.items()}
 
 
 def _failures(failed: Sequence[tuple[str, str]]) -> None:

@@ -20,6 +20,7 @@ PAGES = (
     ("merge", "Merge", "multilora.web.merge"),
     ("library", "Library", "multilora.web.library"),
     ("text", "Text", "multilora.web.text"),
+    ("evaluate", "Evaluate", "multilora.web.evaluate"),
     ("recipe", "Recipe", "multilora.web.recipe"),
 )
 STYLE = Path(__file__).parent / "static" / "app.css"
