@@ -27,7 +27,7 @@ STEPS, RATE, BATCH = 40, 5e-4, 16  # of each fine-tuning; few_shot's rate
 DONOR_STEPS = 80
 SAMPLES = 48  # examples of a Fisher
 # task -> (examples of it, the intermediate task)
-TASKS: Mapping[str, tuple[int, str]] = {"sort_digits": (10, "sort"), "mirror": (20, "reverse")}
+TASKS: Mapping[str, tuple[int, str]] = {"sort_digits": (10, "sort"), "count": (20, "length")}
 NEWS = 20  # questions about the new designs that are answered in training; the rest is asked
 METHODS = ("fine-tuned alone", "donor alone", "plain average", "Fisher average", "donor, then fine-tuned")
 
