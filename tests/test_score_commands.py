@@ -3,7 +3,10 @@
 import csv
 import json
 import math
+import re
+import shlex
 import socket
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -224,3 +227,34 @@ def test_bad_arguments_of_score(words, message, capsys, tmp_path):
     status, out, err = call(capsys, "score", tmp_path / "plain.png", *words)
     assert (status, out) == (2, "")
     assert message in err
+
+
+# -- docs/scores.md --------------------------------------------------------------------------------------------------
+
+GUIDE = (Path(__file__).parents[1] / "docs" / "scores.md").read_text()
+
+
+def test_the_guides_python_runs(capsys):
+    space = {}
+    for block in re.findall(r"```python\n(.*?)```", GUIDE, re.S):
+        exec(block, space)
+    said = capsys.readouterr().out
+    assert "'clip_text': [" in said
+    assert "'presence': [" in said
+    assert said.splitlines()[-1] == "[1.0, 0.0]"
+
+
+def test_the_guides_commands_have_the_options_that_they_use(folder, capsys, monkeypatch):
+    """As far as they go without the servers, models and pictures that they name."""
+    monkeypatch.chdir(folder)
+    (folder / "out").symlink_to(folder / "pictures")
+    (folder / "references" / "character").mkdir(parents=True)
+    lines = [line.partition("#")[0] for b in re.findall(r"```bash\n(.*?)```", GUIDE, re.S) for line in b.splitlines()]
+    assert len(lines) == 8
+    instead = {"out/evaluation": str(folder), "localhost:8000": "127.0.0.1:9", "ViT-B/32": "embedded"}
+    for line in lines:
+        for theirs, ours in instead.items():
+            line = line.replace(theirs, ours)
+        status, _, err = call(capsys, *shlex.split(line)[1:])
+        named = ("no answer from", "wanted a folder whose", "no config.json", "CATEGORY/LABEL", "cannot read 'a.jpg'")
+        assert status == 0 or any(words in err for words in named), f"{line}: {err}"

@@ -276,6 +276,19 @@ def test_an_unreachable_judge_costs_no_pictures_and_no_other_scores(monkeypatch)
     assert "no answer" in found.failed["judge"]
 
 
+def test_servers_that_want_other_fields_get_them():
+    with serving(
+        lambda asked, n: (400, {"error": "max_tokens"}) if "max_tokens" in asked.body else brighter(asked)
+    ) as server:
+        fields = '{"max_tokens": null, "temperature": null, "max_completion_tokens": 800, "seed": 5}'
+        scorer = resolve("judge", model="vlm", url=server.url, request=fields)
+        assert scorer([GREY[3]], "x", references=[GREY[1]]) == [1.0]
+        body = server.asked[0].body
+        assert (body["max_completion_tokens"], body["seed"]) == (800, 5)
+        assert not {"max_tokens", "temperature"} & set(body)
+        assert scorer.source.estimate(["x"]).output_tokens == 2 * 800
+
+
 def test_a_server_without_a_list_of_models_is_reached():
     with serving(brighter) as server:
         Endpoint(server.url.replace("/v1", "/other"), "vlm").reach()
@@ -290,6 +303,8 @@ def test_a_server_without_a_list_of_models_is_reached():
         ({"url": "https://user:pw@x/v1"}, "wanted http"),
         ({"url": "http://example.org/v1", "key": "JUDGE_KEY"}, "unencrypted"),
         ({"url": "https://example.org/v1", "key": "NO_SUCH_KEY"}, "has no NO_SUCH_KEY"),
+        ({"url": "http://localhost/v1", "request": "{max"}, "not JSON"),
+        ({"url": "http://localhost/v1", "request": '{"messages": []}'}, "wanted an object of further fields"),
         ({}, "wanted the folder"),
         ({"model": "", "url": "http://localhost/v1"}, "needs a model"),
     ],

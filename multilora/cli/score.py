@@ -46,15 +46,15 @@ def score(
             raise unknown("--by", name, known)
         if name in names[:i]:
             raise ValueError(f"--by {name} is given twice")
-    there, failed = ready(_scorers(known, names, option or []))
+    scorers, paths = _scorers(known, names, option or []), _found(pictures)
+    images = [_opened(path) for path in paths]
+    there, failed = ready(scorers)
     needs = {need for scorer in there for need in scorer.needs}
-    paths = _found(pictures)
     given: dict[str, Any] = {"elements": element}
     if "prompt" in needs:
         given["prompts"] = prompt if prompt is not None else [_prompt(path) for path in paths]
     if "references" in needs and reference:
         given["references"] = [[_opened(path) for path in _found(reference)]]
-    images = [_opened(path) for path in paths]
     for scorer in there:
         if estimate := getattr(scorer.source, "estimate", None):
             told = [prompt] * len(paths) if prompt is not None else given["prompts"]

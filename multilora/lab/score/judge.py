@@ -8,6 +8,7 @@ picture's points are the mean: 1 when it wins both times, 0.5 for ties and for a
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import threading
@@ -316,6 +317,7 @@ def judge(
     criterion: Annotated[Criterion, Opt("what is compared")] = "composition",
     tries: Annotated[int, Opt("times a question is asked until its answer can be read", 1, 10)] = 2,
     parallel: Annotated[int, Opt("calls to a server at one time", 1, 64)] = 4,
+    request: Annotated[str, Opt("JSON of more fields of a server's request; null leaves one out")] = "",
     input_price: Annotated[float, Opt("money per million tokens in, for the estimate", 0)] = 0.0,
     output_price: Annotated[float, Opt("money per million tokens out, for the estimate", 0)] = 0.0,
     device: Annotated[str, DEVICE] = "cpu",
@@ -327,10 +329,23 @@ def judge(
     if url:
         from multilora.lab.score.judge_http import Endpoint
 
-        answerer: Answerer = Endpoint(url, model, key=key, parallel=parallel)
+        answerer: Answerer = Endpoint(url, model, key=key, parallel=parallel, extra=_fields(request))
     else:
         from multilora.lab.score.judge_local import load_vlm
 
         answerer = load_vlm(model, device)
     prices = (input_price, output_price) if input_price or output_price else None
     return Judge(answerer, criterion, tries=tries, prices=prices, cache=cache)
+
+
+def _fields(request: str) -> dict[str, Any]:
+    try:
+        found = json.loads(request or "{}")
+    except ValueError as error:
+        raise ValueError(f"judge request {request!r}: not JSON ({error})") from None
+    if not isinstance(found, dict) or {"model", "messages", "stream"} & set(found):
+        raise ValueError(
+            f"judge request {request!r}: wanted an object of further fields, such as "
+            '{"max_tokens": null, "max_completion_tokens": 800}'
+        )
+    return found

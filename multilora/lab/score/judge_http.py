@@ -42,7 +42,7 @@ class Endpoint:
     key       name of the environment variable with the key; without it none is sent
     side      pixels that a picture is shrunk to, longer side
     attempts  tries of one call, with waits of `first_wait` seconds doubled each time, shortened by chance
-    extra     more fields of the request, for servers that want other names
+    extra     more fields of the request; None leaves one out, for servers that refuse temperature or max_tokens
 
     Raises ValueError for a URL that is none, an empty key, or a key over plain HTTP to another machine.
     """
@@ -74,8 +74,11 @@ class Endpoint:
         if self._key and parts.scheme == "http" and not local:
             raise ValueError(f"judge url {self.url}: the key would travel unencrypted; use https, or no key")
         self.host, self.model, self.parallel, self.side = parts.hostname, model, parallel, side
-        self.output_tokens, self.attempts, self.first_wait, self.timeout = output_tokens, attempts, first_wait, timeout
-        self.extra = {"temperature": 0, "max_tokens": output_tokens, **(extra or {})}
+        self.attempts, self.first_wait, self.timeout = attempts, first_wait, timeout
+        fields = {"temperature": 0, "max_tokens": output_tokens, **(extra or {})}
+        self.extra = {name: value for name, value in fields.items() if value is not None}
+        limits = (self.extra.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        self.output_tokens = next((limit for limit in limits if isinstance(limit, int)), output_tokens)
         self._sleep, self._chance = sleep, chance
         proxies = (urllib.request.ProxyHandler({}),) if local else ()
         self._opener = urllib.request.build_opener(_NoRedirect(), *proxies)
