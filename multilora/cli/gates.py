@@ -149,7 +149,7 @@ def train_gate(
     balance: Annotated[float, typer.Option(help="weight of the balancing loss")] = 0.5,
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 200,
     batch: Annotated[int, typer.Option(help="examples in a step")] = 8,
-    lr: Annotated[float, typer.Option(help="learning rate")] = 0.01,
+    lr: Annotated[float, typer.Option(help="learning rate")] = 3e-4,
     draws: Annotated[int, typer.Option(help="noise levels per picture or prompt")] = 8,
     length: Annotated[int, typer.Option(help="of texts, in tokens at most")] = 512,
     size: Annotated[int | None, typer.Option(help="side of the pictures, default the base's own")] = None,

@@ -25,7 +25,7 @@ from multilora.pipelines.lanes import lane
 from multilora.pipelines.text import composing_text
 from multilora.pipelines.text_load import is_seq2seq
 from multilora.routing import Asked, mean_shares
-from multilora.trace import by_step, traced
+from multilora.trace import Seen, by_step, traced
 
 _LABEL = 300  # room for names of groups
 _MOST_GROUPS = 80
@@ -86,8 +86,8 @@ def map_of_picture(
             ).images[0]  # fmt: skip
     finally:
         pipe.scheduler = own
-    seen = by_step(runs[-1] if runs else [])
-    rows = [dict(zip(a.shares, mean_shares(a.shares), strict=True)) for a in _asked(seen, bound)]
+    seen = by_step(_drawn(runs, bound))
+    rows = [dict(zip(a.shares, mean_shares(a.shares), strict=True)) for a in _asked(seen)]
     return _gathered(loras, rows, [str(one.step) for one in seen], "step", image)
 
 
@@ -113,7 +113,7 @@ def map_of_text(
         stack.enter_context(composing_text(model, list(loras), watched, weights=weights))
         made = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)[0]
     rows: list[dict[str, Tensor]] = []
-    for asked in _asked([s for run in runs for s in run], bound):
+    for asked in _asked(_drawn(runs, bound)):
         tokens = max(s.shape[1] if s.ndim == 3 else 1 for s in asked.shares.values())
         for t in range(tokens):
             rows.append({g: s[0, t] if s.ndim == 3 else s.reshape(-1, s.shape[-1])[0]
@@ -123,11 +123,17 @@ def map_of_text(
     return _gathered(loras, rows, words[: len(rows)], "token", text)
 
 
-def _asked(seen: Sequence[Any], bound: Bound) -> list[Asked]:
-    found = [p.row for one in seen for p in one.passes if isinstance(p.row, Asked)]
-    if len(found) < len(seen) or not found:
-        raise ValueError(f"method {bound.record.name} asks no gate; maps are of mole, arrow and other gated methods")
-    return found
+def _drawn(runs: Sequence[Sequence[Seen]], bound: Bound) -> list[Seen]:
+    """The run whose gates were asked; others were only planned, to know how strong the LoRAs are together."""
+    for run in runs:
+        rows = [p.row for one in run for p in one.passes]
+        if all(isinstance(row, Asked) for row in rows) and any(row.shares for row in rows):
+            return list(run)
+    raise ValueError(f"method {bound.record.name} asks no gate; maps are of mole, arrow and other gated methods")
+
+
+def _asked(seen: Sequence[Seen]) -> list[Asked]:
+    return [p.row for one in seen for p in one.passes]
 
 
 def _gathered(loras: Any, rows: list[dict[str, Tensor]], columns: Sequence[str], axis: str, made: Any) -> GateMap:

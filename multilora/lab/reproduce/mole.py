@@ -46,7 +46,7 @@ GATES: Mapping[str, tuple[bool, dict[str, Any]]] = {
     "own predictions": (False, {"sums": "one"}),
     "row sums to k": (True, {"sums": "count"}),
 }
-SETTINGS = {"per": "layer", "steps": 150, "draws": 4, "lr": 0.01, "checkpoint_every": 50}
+SETTINGS = {"per": "layer", "steps": 150, "draws": 4, "lr": 3e-4, "checkpoint_every": 50}
 
 
 def gate_scene(chosen: Sequence[str], index: int) -> Scene:
