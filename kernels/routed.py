@@ -21,8 +21,8 @@ from multilora.kernels.checks import check_index, check_layers, check_row, check
 from multilora.kernels.choice import IMPLEMENTATIONS, chosen
 
 __all__ = [
-    "IMPLEMENTATIONS", "add_by_index_", "add_folded", "add_folded_conv", "guided_mean", "rebuild_", "routed",
-    "routed_by_index", "routed_conv", "routed_embedding", "routed_segments",
+    "IMPLEMENTATIONS", "add_by_index_", "add_expanded", "add_folded", "add_folded_conv", "guided_mean", "rebuild_",
+    "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_segments", "shrunk",
 ]  # fmt: skip
 
 
@@ -260,18 +260,42 @@ def add_folded(
             up.expand(g, -1, -1).mT, None, float(alpha),
         )  # fmt: skip
         return y
+    return add_expanded(y, shrunk(x, down, up.shape[0] if up.ndim == 3 else 1), up, alpha, inplace=inplace)
+
+
+def shrunk(x: Tensor, down: Tensor, segments: int = 1) -> Tensor:
+    """The first half of `add_folded`, for several layers at once where they read one input.
+
+    Semantics: x.view(segments, -1, in) @ down
+
+    x       [..., in]
+    down    [in, R] or [segments, in, R]; R may be that of several layers side by side
+    returns [tokens, R], or [segments, tokens / segments, R] where there are several
+    """
+    if down.ndim == 3:
+        return torch.bmm(x.reshape(down.shape[0], -1, x.shape[-1]), down)
+    h = x.reshape(-1, x.shape[-1]) @ down
+    return h if segments == 1 else h.view(segments, -1, h.shape[-1])
+
+
+def add_expanded(y: Tensor, h: Tensor, up: Tensor, alpha: float = 1.0, *, inplace: bool = False) -> Tensor:
+    """The second half of `add_folded`.
+
+    Semantics: y + alpha * (h @ up).view_as(y)
+
+    y       [..., out]
+    h       [tokens, R] or [segments, tokens / segments, R], from `shrunk`
+    up      [R, out] or [segments, R, out]
+    inplace write into y (when it is contiguous) instead of a new tensor
+    returns [..., out]
+    """
+    inplace = inplace and y.is_contiguous()
     if up.ndim == 2:
-        h = x.reshape(-1, x.shape[-1]) @ down
-        flat = y.reshape(-1, y.shape[-1])
+        flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
         total = flat.addmm_(h, up, alpha=alpha) if inplace else torch.addmm(flat, h, up, alpha=alpha)
-        return y if inplace else total.view(y.shape)
-    g = up.shape[0]
-    if down.ndim == 2:
-        h = (x.reshape(-1, x.shape[-1]) @ down).view(g, -1, down.shape[-1])
     else:
-        h = torch.bmm(x.reshape(g, -1, x.shape[-1]), down)
-    flat = y.reshape(g, -1, y.shape[-1])
-    total = flat.baddbmm_(h, up, alpha=alpha) if inplace else torch.baddbmm(flat, h, up, alpha=alpha)
+        flat = y.reshape(up.shape[0], -1, y.shape[-1])
+        total = flat.baddbmm_(h, up, alpha=alpha) if inplace else torch.baddbmm(flat, h, up, alpha=alpha)
     return y if inplace else total.view(y.shape)
 
 

@@ -26,7 +26,7 @@ from multilora.compiled import Eager
 from multilora.lora import Lora
 from multilora.rebuilt import WIDE, Merged, Weight, mergeable, tied_parameters
 from multilora.routing import Asked
-from multilora.side import Branch, Row
+from multilora.side import Branch, Row, branches_of
 from multilora.sites import Site, nearest, quantised, sites_of
 from multilora.takeover import disabled, loaded
 
@@ -53,7 +53,8 @@ class _Hook:
         bank, path = self.bank, self.path
         bank.calls[path] += 1
         row, gate = bank._row, bank._gate
-        if gate is None and (row is None or (self.weight is not None and self.weight.now is not None)):
+        merged = self.weight is not None and self.weight.now is not None
+        if gate is None and (row is None or merged or path in bank.ready):
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         y = output[0] if isinstance(output, tuple) else output
@@ -86,8 +87,9 @@ class Bank:
         self.paths = tuple(site.path for site in sites)
         self.optional = frozenset(optional)
         self.calls: dict[str, int] = dict.fromkeys(self.paths, 0)
+        self.ready: set[str] = set()  # modules whose output has the LoRAs' part already: multilora.remembered
         self.eager = Eager(model)
-        self._branches = {site: Branch(site) for site in sites}
+        self._branches = branches_of(sites, getattr(model, "_orig_mod", model))
         tied = tied_parameters(model)
         plain = [] if form == "side" else [site for site in sites if mergeable(site, tied)]
         self._weights = {site: Weight(site, self._branches[site]) for site in plain}

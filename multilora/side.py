@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multilora.kernels import routed as kernels
-from multilora.sites import Site
+from multilora.siblings import Siblings, siblings_of
+from multilora.sites import Site, live_modules
 
 Where = tuple[torch.device, torch.dtype]
 Step = Callable[["Branch", Tensor, Tensor], Tensor]  # (branch, x, y) -> y with something added
@@ -48,6 +49,7 @@ class Row:
     """A row that stays for a while, as numbers: [1][k] for all samples, or [B][k].
 
     layouts, plans  what follows from it, made when first needed
+    wide            the down factors of siblings side by side
     nbytes          size of the factors that the plans hold
     """
 
@@ -55,6 +57,7 @@ class Row:
     per_sample: bool
     layouts: dict[Any, Layout] = field(default_factory=dict)
     plans: dict[tuple[Site, Where], Step | None] = field(default_factory=dict)
+    wide: dict[tuple[Siblings, Where], Tensor] = field(default_factory=dict)
     nbytes: int = 0
 
     @property
@@ -85,15 +88,17 @@ class Stack:
 
     def folded(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """down [R', ...] and up [R', out] (with segments in front where each has its own), the row inside up."""
-        if isinstance(layout.pick, slice):
-            down, up = self.down[layout.pick], self.up[layout.pick]
-        else:
-            down, up = self.down.index_select(0, layout.pick), self.up.index_select(0, layout.pick)
+        up = self.up[layout.pick] if isinstance(layout.pick, slice) else self.up.index_select(0, layout.pick)
         if layout.scale is not None:
             up = up * layout.scale
-        if layout.segments == 1 or layout.shared:
-            return down, up
-        return down.view(layout.segments, -1, *down.shape[1:]), up.view(layout.segments, -1, up.shape[-1])
+        own = layout.segments > 1 and not layout.shared
+        return self.picked(layout), up.view(layout.segments, -1, up.shape[-1]) if own else up
+
+    def picked(self, layout: Layout) -> Tensor:
+        """The down of `folded`."""
+        down = self.down[layout.pick] if isinstance(layout.pick, slice) else self.down.index_select(0, layout.pick)
+        own = layout.segments > 1 and not layout.shared
+        return down.view(layout.segments, -1, *down.shape[1:]) if own else down
 
 
 def stack(site: Site, where: Where) -> Stack:
@@ -115,6 +120,7 @@ class Branch:
 
     def __init__(self, site: Site):
         self.site = site
+        self.siblings: tuple[Siblings, int, Sequence[Branch]] | None = None
         self.stacks: OrderedDict[Where, Stack] = OrderedDict()
         tensors = [t for p in site.parts if p is not None for t in (getattr(p, "down", None), getattr(p, "up", None))]
         self.trained = any(t is not None and t.requires_grad for t in tensors)
@@ -141,7 +147,7 @@ class Branch:
         key = (self.site, self.where(x, y))
         if key not in row.plans:
             with torch.inference_mode(False), torch.no_grad():
-                row.plans[key] = _plan(self.site, self.stacked(key[1]), row, key[1])
+                row.plans[key] = _plan(self, self.stacked(key[1]), row, key[1])
         step = row.plans[key]
         if step is None:
             return y
@@ -256,9 +262,18 @@ class Branch:
 # -- a row folded into the factors ------------------------------------------------------------------------------
 
 
-def _plan(site: Site, stacked: Stack, row: Row, where: Where) -> Step | None:
+def branches_of(sites: Sequence[Site], model: nn.Module) -> dict[Site, Branch]:
+    """A branch for each site; those that have siblings know them."""
+    found = {site: Branch(site) for site in sites}
+    for site, (group, n) in siblings_of(sites, live_modules(model)).items():
+        if not any(found[each].trained for each in group.sites):
+            found[site].siblings = (group, n, [found[each] for each in group.sites])
+    return found
+
+
+def _plan(branch: Branch, stacked: Stack, row: Row, where: Where) -> Step | None:
     """What a site does under a row: one step, several, or None when the row is zero here."""
-    device, dtype = where
+    site, (device, dtype) = branch.site, where
     rows = [site.row(r) for r in row.rows]
     if not any(v for r in rows for v in r):
         return None
@@ -268,7 +283,12 @@ def _plan(site: Site, stacked: Stack, row: Row, where: Where) -> Step | None:
             layout = row.layout(site, where)
             down, up = stacked.folded(layout)
             row.nbytes += _own(down, stacked.down) + _own(up, stacked.up)
-            steps.append((_linear if site.kind == "linear" else _conv)(site, down, up, layout.alpha))
+            if site.kind == "conv":
+                steps.append(_conv(site, down, up, layout.alpha))
+            elif branch.siblings is None:
+                steps.append(_linear(down, up, layout.alpha))
+            else:
+                steps.append(_sibling(branch, row, where, down, up, layout))
         else:
             weights = torch.tensor(rows if row.per_sample else rows[0], dtype=dtype, device=device)
             steps.append(lambda b, x, y: y + b.low_rank(x, stacked.down, stacked.up, weights, site.ranks).to(y.dtype))
@@ -294,9 +314,25 @@ def _own(tensor: Tensor, of: Tensor) -> int:
     return 0 if same else tensor.numel() * tensor.element_size()
 
 
-def _linear(site: Site, down: Tensor, up: Tensor, alpha: float) -> Step:
+def _linear(down: Tensor, up: Tensor, alpha: float) -> Step:
     down = down.mT
     return lambda branch, x, y: branch.add(x, y, kernels.add_folded, down, up, alpha)
+
+
+def _sibling(branch: Branch, row: Row, where: Where, down: Tensor, up: Tensor, layout: Layout) -> Step:
+    """As _linear, with the first matmul done for all siblings by the first of them."""
+    group, n, branches = branch.siblings
+    if n == 0:
+        downs = [b.stacked(where).picked(layout) for b in branches]
+        row.wide[group, where] = torch.cat(downs, dim=-2).mT
+        row.nbytes += sum(d.numel() * d.element_size() for d in downs)
+    down, segments = down.mT, layout.segments
+
+    def step(branch: Branch, x: Tensor, y: Tensor) -> Tensor:
+        h = group.shrunk(n, row, x, down, row.wide.get((group, where)), segments)
+        return branch.add(h, y, kernels.add_expanded, up, layout.alpha)
+
+    return step
 
 
 def _conv(site: Site, down: Tensor, up: Tensor, alpha: float) -> Step:

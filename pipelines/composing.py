@@ -22,8 +22,10 @@ from multilora.pipelines.load import find_lora
 from multilora.pipelines.members import Member, read_mask
 from multilora.pipelines.prompt import Encodings
 from multilora.pipelines.running import controlnet_as_base
+from multilora.remembered import remembering, text_projections
 from multilora.schedule import Schedule
 from multilora.sites import block_factors, canonical
+from multilora.stacked import stacking
 from multilora.tags import LoraTag
 
 DENOISERS = ("unet", "transformer")
@@ -262,5 +264,8 @@ def composing(
         )
         stack.callback(conductor.caches.close)
         conductor.caches.branch = branch
+        stack.enter_context(stacking(bank))
+        if getattr(getattr(denoiser, "config", None), "encoder_hid_dim_type", None) is None:
+            stack.enter_context(remembering(bank, text_projections(denoiser, bank.paths)))
         stack.enter_context(intercepted(denoiser, conductor))
         yield conductor

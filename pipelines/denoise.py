@@ -22,7 +22,9 @@ from multilora.pipelines import inputs
 from multilora.pipelines.caching import Caches
 from multilora.pipelines.families import TABLE
 from multilora.pipelines.members import Member, fit_mask
+from multilora.pipelines.outputs import answer, each, mean, prediction, split
 from multilora.pipelines.prompt import Encodings
+from multilora.pipelines.steady import Steady
 from multilora.plan import Moment, Pass, shares
 from multilora.routing import Asked
 
@@ -112,6 +114,7 @@ class Conductor:
         self.passes: list[int] = []  # model runs per step of the current picture
         self._plan: Any = None
         self._masks: dict[int, Tensor] = {}
+        self._steady = Steady()
         self._where = (-1, -1)
         if self.table is None:
             self._refuse_options()
@@ -136,6 +139,7 @@ class Conductor:
         if new_picture:
             self._plan = self.bound([m.lora for m in self.members])
             self._masks.clear()
+            self._steady.clear()
             self.passes.clear()
             self._where = (-1, -1)
             self.alone = inputs.alone(self.denoiser, self.bank.paths)  # pipelines set processors for one picture
@@ -177,8 +181,8 @@ class Conductor:
         if combine is not None:
             mixed = combine(predictions, moment)
         else:
-            mixed = _mean(predictions, shares(passes))
-        return _answer(outputs[parts[0][0]], mixed)
+            mixed = mean(predictions, shares(passes))
+        return answer(outputs[parts[0][0]], mixed)
 
     def _runs_of(self, p: Pass, moment: Moment, runs: list[_Run]) -> list[Any]:
         """Index of the pass's run without masked LoRAs, then (members' mask, index) for each distinct mask."""
@@ -217,12 +221,12 @@ class Conductor:
         return self.encodings.row([r / w if w else 0.0 for r, w in zip(row, moment.weights, strict=True)])
 
     def _masked(self, outputs: list[Any], part: list[Any], arguments: dict) -> Any:
-        base = _prediction(outputs[part[0]])
+        base = prediction(outputs[part[0]])
         result = base
         for owner, index in part[1:]:
             mask = self._mask(owner, arguments)
-            inside = _prediction(outputs[index])
-            result = _map(
+            inside = prediction(outputs[index])
+            result = each(
                 lambda r, b, x, m=mask: torch.where(m.to(r) == 0, r, r + m.to(r) * (x - b)), result, base, inside
             )
         return result
@@ -259,9 +263,10 @@ class Conductor:
             return [self._run_batch(model, arguments, [run])[0] for run in runs]
         times = len(runs)
         if self.table is not None:
-            arguments = inputs.repeat(self.table, arguments, times)
+            arguments = self._steady.repeated(self.table, arguments, times, texts[0])
         for path in texts[0]:
-            inputs.put(arguments, path, inputs.joined([t[path] for t in texts]))
+            parts = [t[path] for t in texts]
+            inputs.put(arguments, path, self._steady.same(path, parts, lambda parts=parts: inputs.joined(parts)))
         if callable(runs[0].row):
             self.bank.gate = gate = runs[0].row
             if any(m.positive_only for m in self.members):
@@ -275,7 +280,7 @@ class Conductor:
         self.bank.row = rows[0] if len(set(rows)) == 1 else torch.tensor(rows, dtype=torch.float64)
         with self.caches.running(runs):
             output = model(**arguments)
-        return [output] if times == 1 else _split(output, times)
+        return [output] if times == 1 else split(output, times)
 
     def _run_parts(self, model: Callable, arguments: dict, runs: list[_Run], rows: list[tuple]) -> Any:
         """One run whose samples have different rows, on a model that takes one row a call: row by row."""
@@ -286,7 +291,7 @@ class Conductor:
             with self.caches.running([*runs, start]):
                 outputs.append(model(**inputs.part(self.table, arguments, start, stop)))
             start = stop
-        return _answer(outputs[0], inputs.joined([_prediction(o) for o in outputs]))
+        return answer(outputs[0], inputs.joined([prediction(o) for o in outputs]))
 
     def _positive(self, row: Sequence[float], half: str) -> tuple[float, ...]:
         if half != "negative":
@@ -336,15 +341,20 @@ class Conductor:
         groups = [(half, len(list(same))) for half, same in itertools.groupby(halves)]
         found = {}
         for path, name in self.table.text.items():
-            parts = []
+            parts, sources = [], []
             for half, samples in groups:
                 row, second = self._positive(run.text, half), self.table.negative == "second"
                 encoding = self.encodings.get(row, 1 if second and half == "negative" else 0)
                 value = encoding.get(name if second or half != "negative" else f"negative_{name}")
+                sources.append(value)
                 parts.append(None if value is None else inputs.fitted(value, samples))
             like = inputs.get(arguments, path)
             if like is not None or parts[0] is not None:
-                found[path] = inputs.alike(inputs.joined(parts), arguments[self.table.sample])
+                sample = arguments[self.table.sample]
+                key = (path, *groups, *((sample.dtype, sample.device) if isinstance(sample, Tensor) else ()))
+                found[path] = self._steady.same(
+                    key, sources, lambda parts=parts, sample=sample: inputs.alike(inputs.joined(parts), sample)
+                )
         return found
 
 
@@ -352,47 +362,3 @@ def _index(runs: list[_Run], run: _Run) -> int:
     if run not in runs:
         runs.append(run)
     return runs.index(run)
-
-
-def _prediction(output: Any) -> Any:
-    """The prediction in an output: a tuple's first entry, a BaseOutput's first field, a list or a tensor itself."""
-    if isinstance(output, (Tensor, list)):
-        return output
-    return output[0]
-
-
-def _map(fn: Callable, *predictions: Any) -> Any:
-    if isinstance(predictions[0], list):
-        return [fn(*each) for each in zip(*predictions, strict=True)]
-    return fn(*predictions)
-
-
-def _mean(predictions: Sequence[Any], mix: Sequence[float]) -> Any:
-    """Sum of mix * prediction; one prediction at share 1 is handed through untouched."""
-    if len(predictions) == 1 and mix[0] == 1.0:
-        return predictions[0]
-    total = _map(lambda p: p * mix[0], predictions[0])
-    for p, share in zip(predictions[1:], mix[1:], strict=True):
-        total = _map(lambda a, b, s=share: a + b * s, total, p)
-    return total
-
-
-def _answer(like: Any, prediction: Any) -> Any:
-    """`prediction` in the container that the model gave: tensor, list, tuple or BaseOutput."""
-    if isinstance(like, (Tensor, list)):
-        return prediction
-    if isinstance(like, tuple):
-        return (prediction, *like[1:])
-    first = next(iter(like.keys()))
-    return type(like)(**{**like, first: prediction})
-
-
-def _split(output: Any, times: int) -> list[Any]:
-    """An output over [times * B] samples as `times` outputs over [B]."""
-    if isinstance(output, list):
-        size = len(output) // times
-        return [output[i * size : (i + 1) * size] for i in range(times)]
-    chunks = _prediction(output)
-    if isinstance(chunks, list):
-        return [_answer(output, part) for part in _split(chunks, times)]
-    return [_answer(output, part) for part in chunks.chunk(times)]

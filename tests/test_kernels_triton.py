@@ -86,3 +86,17 @@ def test_one_line_says_what_runs_and_why(monkeypatch):
     assert choice.described() == "Triton 3.9.0 asked for by MULTILORA_KERNELS: runs on CUDA devices"
     monkeypatch.setenv(choice.VARIABLE, "torch")
     assert choice.described() == "plain PyTorch runs; MULTILORA_KERNELS=triton asks for Triton 3.9.0"
+
+
+def test_doctor_says_it_and_calls_a_wish_that_cannot_be_met_broken(monkeypatch):
+    from multilora.cli import doctor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(choice, "_version", lambda: "3.9.0")
+    found = doctor.CHECKS["adapted layers"]()
+    assert (found.state, found.found) == ("ok", "plain PyTorch runs; Triton kernels cannot run: no CUDA device")
+    monkeypatch.setenv(choice.VARIABLE, "triton")
+    found = doctor.CHECKS["adapted layers"]()
+    assert (found.state, found.found) == ("broken", choice.described())
+    assert "unset MULTILORA_KERNELS" in found.advice

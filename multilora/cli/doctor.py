@@ -170,6 +170,15 @@ def _kernels() -> Finding:
     return Finding("kernels", OK, where)
 
 
+def _adapted_layers() -> Finding:
+    """Which code runs the adapted layers, and why."""
+    from multilora.kernels import choice
+
+    refused = choice.why_not_triton() if choice.asked() == "triton" else ""
+    advice = f"unset {choice.VARIABLE}: plain PyTorch runs everywhere" if refused else ""
+    return Finding("adapted layers", BROKEN if refused else OK, choice.described(), advice)
+
+
 def _assets() -> Finding:
     from multilora.pipelines.load import assets, library
 
@@ -190,5 +199,6 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "threads": _threads,
     "clip": _clip,
     "kernels": _kernels,
+    "adapted layers": _adapted_layers,
     "embedded world": _assets,
 }
