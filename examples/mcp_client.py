@@ -41,8 +41,16 @@ async def run(url: str) -> dict[str, Any]:
 
 
 async def _called(session: ClientSession, tool: str, arguments: dict[str, Any]) -> list[str]:
-    """The texts of a tool's result, values as Python writes them. RuntimeError, in words, when it refuses."""
-    result = await session.call_tool(tool, arguments)
+    """The texts of a tool's result, one per value, as Python writes them. RuntimeError, in words, when it refuses.
+
+    Who asks to hear of the progress gets every value as a part of its own, pictures as pictures; else gradio writes
+    them all into one text.
+    """
+
+    async def told(progress: float, total: float | None, message: str | None) -> None:
+        print(f"{tool}: {message}")
+
+    result = await session.call_tool(tool, arguments, progress_callback=told)
     texts = [part.text for part in result.content if part.type == "text"]
     if result.isError:
         raise RuntimeError(f"{tool}: {' '.join(texts)}")

@@ -57,6 +57,8 @@ def test_the_assistant_of_the_examples(served):
     assert [i["weight"] for i in facts["inputs"]] == [0.8, -0.3]
     assert file.endswith("pair.safetensors")
     assert found["answers"] == {"base": "korv", "loras": "vrok", "merged": "vrok"}
+    again = asyncio.run(mcp_client.run(served[1]))  # another caller, with cookies of its own
+    assert again["answers"] == found["answers"]
 
 
 def test_a_tool_says_what_its_arguments_are(served):

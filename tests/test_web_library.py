@@ -186,7 +186,7 @@ def test_words_on_a_card_have_a_length(service, file):
 def test_a_browser_is_told_in_words_why_an_upload_is_refused(service, file, tmp_path):
     bad = tmp_path / "evil.safetensors"
     bad.write_bytes(b"PK\x03\x04 not what it says")
-    with served(service) as (_, url), browsing(f"{url}?page=library") as tab:
+    with served(service) as (_, url), browsing(f"{url}?tab=library") as tab:
         check = tab.get_by_role("button", name="Check and add")
         check.click()
         tab.get_by_role("alert").filter(has_text="No file is chosen").wait_for()
@@ -209,7 +209,7 @@ def test_a_browser_is_told_in_words_why_an_upload_is_refused(service, file, tmp_
 
 @pytest.mark.long
 def test_a_phone_asks_the_language_model(service):
-    with served(service) as (_, url), browsing(f"{url}?page=text", 390, 844, "dark") as tab:
+    with served(service) as (_, url), browsing(f"{url}?tab=text", 390, 844, "dark") as tab:
         tab.get_by_role("button", name="Answer", exact=True).click()
         tab.get_by_role("status").filter(has_text="answered:").wait_for()
         answers = [tab.get_by_label(label, exact=True).input_value() for label in KINDS.values()]

@@ -220,7 +220,7 @@ def test_a_browser_merges_and_downloads_and_plain_diffusers_draws_with_the_file(
     from multilora.pipelines.load import load_pipeline
 
     path = tmp_path / "down.safetensors"
-    with served(service) as (_, url), browsing(f"{url}?page=merge") as tab:
+    with served(service) as (_, url), browsing(f"{url}?tab=merge") as tab:
         shelf = tab.locator(".ml-shelf button:visible")
         for name in NAMES[:2]:
             shelf.filter(has_text=name).first.click()
@@ -252,7 +252,7 @@ def test_a_browser_merges_and_downloads_and_plain_diffusers_draws_with_the_file(
 @pytest.mark.long
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_page_fits_a_phone(service, theme):
-    with served(service) as (_, url), browsing(f"{url}?page=merge&__theme={theme}", 390, 844, theme) as tab:
+    with served(service) as (_, url), browsing(f"{url}?tab=merge&__theme={theme}", 390, 844, theme) as tab:
         tab.get_by_role("button", name="Merge", exact=True).click()
         tab.get_by_role("alert").filter(has_text="no LoRA is chosen").wait_for()
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390

@@ -14,7 +14,8 @@ import gradio as gr
 from multilora.web.service import Service
 from multilora.web.shell import Shell
 
-# id of the tab (`?page=compose` opens it), its title, the module. Recipe fills the controls of Compose, built before.
+# id of the tab, its title, the module. `?tab=compose` opens it; `page` is gradio's own word, for another kind of page.
+# Recipe fills the controls of Compose, built before.
 PAGES = (
     ("compose", "Compose", "multilora.web.compose"),
     ("merge", "Merge", "multilora.web.merge"),
@@ -51,7 +52,7 @@ def build(service: Service) -> gr.Blocks:
 
         def wanted(request: gr.Request) -> Any:
             """Open the page that the link names."""
-            page = request.query_params.get("page", "")
+            page = request.query_params.get("tab", "")
             return gr.Tabs(selected=page) if page in [name for name, *_ in PAGES] else gr.skip()
 
         app.load(wanted, None, tabs, queue=False, show_progress="hidden", api_visibility="private")

@@ -115,7 +115,10 @@ class Guard:
             if host not in ("127.0.0.1", "::1"):
                 return await _answer(send, 404, "Not Found")
             return await _answer(send, 200, self.service.metrics(), "plain; version=0.0.4")
-        owner, cookie = self._owner(scope)
+        tools = path == "/mcp" or path.startswith("/mcp/")
+        if tools:  # gradio hands a caller's cookies on to its one own client, which then would be someone else's
+            scope = {**scope, "headers": [(k, v) for k, v in scope["headers"] if k != b"cookie"]}
+        owner, cookie = ("", "") if tools else self._owner(scope)
         if method == "POST":
             refused, receive = await self._post(scope, receive, path, host, owner)
             if refused:
