@@ -25,13 +25,20 @@ class ArrowRouter:
     top_k        LoRAs that share a token at most
     temperature  of the softmax over their scores
 
-    Directions are found when a layer first asks, and kept: one router serves one set of LoRAs.
+    Directions are found when a layer first asks, and kept: one router serves one set of LoRAs. Two of one setting are
+    equal.
     """
 
     def __init__(self, top_k: int = 3, temperature: float = 1.0) -> None:
         self.top_k, self.temperature = top_k, temperature
         self._directions: dict[int, list[Tensor | None]] = {}
         self._parts: list[object] = []  # keeps the parts alive whose ids are keys
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ArrowRouter) and (self.top_k, self.temperature) == (other.top_k, other.temperature)
+
+    def __hash__(self) -> int:
+        return hash((self.top_k, self.temperature))
 
     def group(self, path: str) -> str:
         return path

@@ -89,7 +89,7 @@ class Asked:
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        return id(self.router), self.weights, self.live, self.total
+        return self.router, self.weights, self.live, self.total
 
     def reach(self, weights: Sequence[float]) -> tuple[float, ...]:
         """[k] the weights, these where it has none of its own; 0 for LoRAs that are masked out."""
@@ -147,7 +147,13 @@ def top(shares: Tensor, count: int) -> Tensor:
 
 
 class Uniform:
-    """The router that knows nothing: every LoRA that is not masked out gets the same share."""
+    """The router that knows nothing: every LoRA that is not masked out gets the same share. All of them are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Uniform)
+
+    def __hash__(self) -> int:
+        return hash(Uniform)
 
     def group(self, path: str) -> str:
         return ""

@@ -32,7 +32,7 @@ def mole(
     from multilora.routing import Asked, Uniform
 
     router = MoleGate.of(read_gate(gate), loras) if gate else None
-    live = masked([lora.card.name for lora in loras], mask)
+    live = masked([lora.card.name for lora in loras], mask) if mask else None
 
     def plan(moment: Moment) -> list[Pass]:
         if router is None:

@@ -93,7 +93,7 @@ def train(
     timestep of pictures: the gate sees it
     sums     the row sums to "one" (the paper's) or to the "count" of LoRAs
     balance  the paper's alpha
-    lr       a step of AdamW moves a logit by up to lr * k * width: at 0.01 the gates of the embedded base chose one LoRA
+    lr       a step of AdamW moves a logit by up to lr * k * width: at 0.01 gates of the embedded base chose one LoRA
              a layer within 60 steps, and the pictures lost their elements
     draws    noise levels per reference picture, or per prompt without pictures
 
