@@ -20,6 +20,7 @@ from multilora.side import Row
 from multilora.sites import live_modules
 
 _BYTES = 512 << 20  # of outputs that are kept
+_PATIENCE = 16  # calls of every module after which nothing is kept any more where nothing was ever asked for again
 
 
 def text_projections(model: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -63,6 +64,9 @@ class Remembered:
         return kept[2]
 
     def _keep(self, key: Any, x: Tensor, output: Tensor) -> None:
+        if not self.hits and self.misses > _PATIENCE * len(self.bank.paths):
+            self.clear()
+            return
         # The input and the row are kept too: as long as they live, no other object has their id.
         self._kept[key] = (x, self.bank._row, output)
         self.nbytes += output.numel() * output.element_size()

@@ -25,9 +25,10 @@ def python(*words, **environment):
     return done.stdout
 
 
-def test_in_the_interpreter():
-    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/triton_kernels.py",
-                 TRITON_INTERPRET="1")  # fmt: skip
+@pytest.mark.parametrize("marked", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_in_the_interpreter(marked):
+    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked,
+                 "tests/triton_kernels.py", TRITON_INTERPRET="1")  # fmt: skip
     assert " passed" in out
     assert "failed" not in out
     assert "skipped" not in out

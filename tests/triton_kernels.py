@@ -13,9 +13,23 @@ assert choice.why_not_triton() == ""
 
 # Sums in float32; half precision rounds the factors' intermediate (segments) and the result.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-DTYPES = list(TOLERANCE)
-# Every type at one rank and every rank in one type: the interpreter is slow.
-CASES = [*((dtype, 5) for dtype in DTYPES), *((torch.float32, rank) for rank in (1, 128, 150))]
+# The interpreter is slow: by default every operation in two types at one rank.
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.long),
+    pytest.param(torch.float64, marks=pytest.mark.long),
+]
+CASES = [
+    (torch.float32, 5),
+    (torch.float16, 5),
+    *(
+        pytest.param(dtype, rank, marks=pytest.mark.long)
+        for dtype, rank in (
+            (torch.float32, 1), (torch.float32, 128), (torch.float32, 150), (torch.bfloat16, 5), (torch.float64, 5)
+        )
+    ),
+]  # fmt: skip
 
 
 def _random(*shape, seed=0, dtype=torch.float64):
@@ -131,6 +145,7 @@ def _inputs():
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", _inputs())
 def test_gradients_and_registration(name):
     op, arguments = _inputs()[name]
@@ -141,6 +156,7 @@ def test_gradients_and_registration(name):
     assert torch.autograd.gradcheck(op, tracked)
 
 
+@pytest.mark.long
 def test_registration_of_the_operations_in_place():
     x, down, up, scale = _inputs()["gated"][1]
     torch.library.opcheck(triton_segments.add_segments_, (_random(2, 3, 6, seed=9), x, down, up, scale, 0.5))

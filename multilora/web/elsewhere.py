@@ -64,6 +64,8 @@ def command(recipe: Recipe) -> str:
         words += ["--scheduler", recipe.scheduler]
     if recipe.text_encoder != "per_row":
         words += ["--text-encoder", recipe.text_encoder]
+    if recipe.cache:
+        words += ["--cache", recipe.cache]
     if recipe.base != "embedded":
         words += ["--base", recipe.base]
     return shlex.join(words)
@@ -97,6 +99,8 @@ def python(recipe: Recipe) -> str:
         asked["scheduler"] = recipe.scheduler
     if recipe.text_encoder != "per_row":
         asked["text_encoder"] = recipe.text_encoder
+    if recipe.cache:
+        asked["cache"] = recipe.cache
     each = ",\n    ".join(f"{name}={value!r}" for name, value in asked.items())
     lines += [f"out = composer(\n    {json.dumps(recipe.prompt, ensure_ascii=False)},\n    {each},\n)"]
     lines += ['out.images[0].save("picture.png")']
