@@ -133,7 +133,10 @@ def verdict(journal: Journal) -> tuple[bool, str]:
         "against the source's LoRA"
         for way, g in gains.items()
     )
-    return gains[PAPER][1] > 0, f"{said}; trained for it: {trained:.2f}"
+    pairs_of = list(zip(exact["analogy of updates"], exact["trained for it"], strict=True))
+    near = sum(a >= 0.5 * b for a, b in pairs_of)
+    where = f"the analogy of updates has half of what training has in {near} of {len(pairs_of)}"
+    return gains[PAPER][1] > 0, f"{said}; trained for it: {trained:.2f}; {where}"
 
 
 def figure(journal: Journal) -> Image.Image:

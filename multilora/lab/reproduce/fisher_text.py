@@ -163,8 +163,8 @@ def tables(journal: Journal) -> str:
     cost = [[m, f"{_seconds(journal, *names):.2f}", " + ".join(names)] for m, names in costs.items()]
     return "\n\n".join((
         f"Share right on held-out prompts (news: the questions that were not answered in training), mean of "
-        f"{len(found['plain average'][tasks[0]])} seeds, bootstrapped over them. The donor's weight is chosen from "
-        f"{len(GRID)} by other questions. Full fine-tuning throughout.",
+        f"n seeds, bootstrapped over them. The donor's weight is chosen from {len(GRID)} by other questions. Full "
+        "fine-tuning throughout.",
         table(["method", *(named[t] for t in tasks)], rows),
         "Cost in CPU-seconds once the checkpoints are there (one thread), mean. A sweep of the weight costs its "
         "merges and answers besides, for both averages alike.",
