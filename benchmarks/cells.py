@@ -1,7 +1,7 @@
 """The table of families and tasks: multilora against dense W + delta weights in the pipeline's own loop, call by call.
 
-    python benchmarks/cells.py [WORD ...]      rows whose name has one of the words; all of them without
-    python benchmarks/cells.py --write         all rows, into docs/families/table.md
+    python -m benchmarks.cells [WORD ...]      rows whose name has one of the words; all of them without
+    python -m benchmarks.cells --write         all rows, into docs/families/table.md
 
 The cells are those of tests/cells.py, which tests/test_cells.py asserts one by one; the models are small and random.
 """
@@ -26,7 +26,7 @@ HEADER = (
 )
 INTRO = """# Families, tasks and methods
 
-Written by `python benchmarks/cells.py --write`; the same cells are asserted by tests/test_cells.py (text-to-image:
+Rows as `python -m benchmarks.cells` prints them; the same cells are asserted by tests/test_cells.py (text-to-image:
 tests/test_families.py). Models of the families' own classes in diffusers, small and with random weights, on the CPU in
 float32; two LoRAs of different weights, two pictures per prompt, guidance where the pipeline has it. The reference
 (tests/dense.py) runs deep copies of the denoiser with weights W + Σ w_i up_i down_i, one after the other, in the

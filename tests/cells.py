@@ -330,12 +330,12 @@ def _listed() -> list[Cell]:
     add("sdxl", "image-to-image", "guidance rescale", _bent, "sdxl", "image-to-image", rescale, unscaled)
     bent, plain = {"cfg_normalization": 0.6}, {"cfg_normalization": False}
     add("z", "image-to-image", "guidance with a bound on its norm", _bent, "z", "image-to-image", bent, plain)
-    for family, task, cls, own in (
-        ("sd15", "inpainting", "StableDiffusionPAGInpaintPipeline", {}),
-        ("sdxl", "ControlNet", "StableDiffusionXLControlNetPAGPipeline", {}),
-        ("sd3", "image-to-image", "StableDiffusion3PAGImg2ImgPipeline", {}),
+    for family, task, cls in (
+        ("sd15", "ControlNet", "StableDiffusionControlNetPAGPipeline"),
+        ("sdxl", "image-to-image", "StableDiffusionXLPAGImg2ImgPipeline"),
+        ("sd3", "image-to-image", "StableDiffusion3PAGImg2ImgPipeline"),
     ):
-        add(family, task, "perturbed attention", _bent, family, task, {**PAG, **own}, {"pag_scale": 0.0}, cls)
+        add(family, task, "perturbed attention", _bent, family, task, PAG, {"pag_scale": 0.0}, cls)
     return found
 
 
