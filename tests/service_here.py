@@ -73,6 +73,7 @@ def served(service: Service, **options: Any) -> Iterator[tuple[Any, str]]:
     app = build(service)
     app.queue()
     launched = {**look(), **launch_options(service), "quiet": True, "prevent_thread_lock": True, **options}
+    launched["_frontend"] = False  # else gradio gives up when it cannot reach itself within 3 s, as on a busy machine
     try:
         _, url, _ = app.launch(**launched)
         yield app, url
