@@ -33,7 +33,8 @@ class Siblings:
     kept: tuple[Any, Tensor, int, Tensor] | None = field(default=None, repr=False)
 
     def shrunk(self, n: int, row: Any, x: Tensor, down: Tensor, wide: Tensor | None, segments: int) -> Tensor:
-        """x @ down for member n, down [in, R'] or [segments, in, R']; `wide` has the members' downs side by side."""
+        """x @ down for member n, down [in, R'] or [segments, in, R']; `wide` has the members' downs side by side, and
+        `row` is any object that is one row's alone."""
         rank = down.shape[-1]
         if wide is None or x.is_inference() or torch.compiler.is_compiling():  # what may have changed cannot be told
             return kernels.shrunk(x, down, segments)

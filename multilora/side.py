@@ -7,6 +7,7 @@ and samples; a row per token, a gate and anything that needs gradients go throug
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ class Branch:
 
     def __init__(self, site: Site):
         self.site = site
-        self.siblings: tuple[Siblings, int, Sequence[Branch]] | None = None
+        self.siblings: tuple[Siblings, int, Sequence[weakref.ref[Branch]]] | None = None
         self.stacks: OrderedDict[Where, Stack] = OrderedDict()
         tensors = [t for p in site.parts if p is not None for t in (getattr(p, "down", None), getattr(p, "up", None))]
         self.trained = any(t is not None and t.requires_grad for t in tensors)
@@ -267,7 +268,8 @@ def branches_of(sites: Sequence[Site], model: nn.Module) -> dict[Site, Branch]:
     found = {site: Branch(site) for site in sites}
     for site, (group, n) in siblings_of(sites, live_modules(model)).items():
         if not any(found[each].trained for each in group.sites):
-            found[site].siblings = (group, n, [found[each] for each in group.sites])
+            # Weak: a cycle would keep LoRAs alive that nobody uses any more.
+            found[site].siblings = (group, n, [weakref.ref(found[each]) for each in group.sites])
     return found
 
 
@@ -323,14 +325,19 @@ def _sibling(branch: Branch, row: Row, where: Where, down: Tensor, up: Tensor, l
     """As _linear, with the first matmul done for all siblings by the first of them."""
     group, n, branches = branch.siblings
     if n == 0:
-        downs = [b.stacked(where).picked(layout) for b in branches]
+        downs = [b().stacked(where).picked(layout) for b in branches]
         row.wide[group, where] = torch.cat(downs, dim=-2).mT
         row.nbytes += sum(d.numel() * d.element_size() for d in downs)
-    down, segments = down.mT, layout.segments
+    down, segments, alpha, wide = (
+        down.mT,
+        layout.segments,
+        layout.alpha,
+        row.wide,
+    )  # not the row, which holds this step
 
     def step(branch: Branch, x: Tensor, y: Tensor) -> Tensor:
-        h = group.shrunk(n, row, x, down, row.wide.get((group, where)), segments)
-        return branch.add(h, y, kernels.add_expanded, up, layout.alpha)
+        h = group.shrunk(n, wide, x, down, wide.get((group, where)), segments)
+        return branch.add(h, y, kernels.add_expanded, up, alpha)
 
     return step
 

@@ -1,5 +1,8 @@
 """Keys and values of a prompt once per LoRA, siblings' first matmul as one: counts, bits, and when it must not be."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -240,3 +243,20 @@ def test_a_text_is_made_once_from_the_same_unchanged_tensors():
     with torch.inference_mode():
         c = torch.ones(2)
     assert steady.same("k", [c], lambda: c + 1) is not steady.same("k", [c], lambda: c + 1)
+
+
+@torch.no_grad()
+def test_loras_are_freed_without_the_garbage_collector():
+    pipe = tiny.sd15()
+    loras = [tiny.lora_for(pipe, seed=s) for s in range(2)]
+    alive = [weakref.ref(part.down) for lora in loras for part in lora.values()]
+    gc.collect()
+    gc.disable()
+    try:
+        for form in ("side", "bank"):
+            with composing(pipe, loras, "composite", form=form, cache=2):
+                pipe("a fox", num_inference_steps=3, output_type="latent")
+        del loras
+        assert not [r for r in alive if r() is not None]
+    finally:
+        gc.enable()
