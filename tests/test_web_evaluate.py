@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,13 +52,13 @@ def service():
 def background(monkeypatch, tmp_path):
     script = tmp_path / "command.py"
     script.write_text(COMMAND)
-    popen = subprocess.Popen
 
     def standing_in(command, **options):
         at = command.index("-m")
-        return popen([sys.executable, str(script), *command[at + 2 :]], **options)
+        return subprocess.Popen([sys.executable, str(script), *command[at + 2 :]], **options)
 
-    monkeypatch.setattr(module.subprocess, "Popen", standing_in)
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=standing_in, **names))
     made = Background()
     yield made
     made.close()

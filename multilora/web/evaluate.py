@@ -33,7 +33,8 @@ INTRO = (
     "Which method, at which weights, for your LoRAs? An evaluation draws many scenes by several methods from the same "
     "noise, counts which of the requested elements are in each picture, and says how sure the difference is."
 )
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+# All take milliseconds: without the queue, a look that is under way when the page is loaded again leaves no stream.
+_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
 def page(shell: Shell) -> None:
