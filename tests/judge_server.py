@@ -30,7 +30,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, reply: Callable[[Asked, int], Any]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.reply, self.asked = reply, []
+        self.reply, self.asked, self.looked = reply, [], []
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -42,6 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing on the terminal of a test."""
 
     def do_GET(self) -> None:
+        self.server.looked.append((self.path, self.headers["Authorization"]))
         self.respond(200, {"data": []}) if self.path == "/v1/models" else self.respond(404, {})
 
     def do_POST(self) -> None:

@@ -193,13 +193,17 @@ def test_a_wrong_key_ends_it_at_once_and_is_never_shown(monkeypatch):
     assert "[key]" in str(failed.value)
 
 
-def test_a_redirect_does_not_carry_the_key_away(monkeypatch):
+@pytest.mark.parametrize("status", [301, 302, 303, 307])
+def test_a_redirect_does_not_carry_the_key_away(monkeypatch, status):
     monkeypatch.setenv("JUDGE_KEY", "sk-1")
     with serving(brighter) as elsewhere:
         away = {"Location": elsewhere.url + "/chat/completions"}
-        with serving(lambda asked, n: (307, {}, away)) as server, pytest.raises(ScoreFailed, match="status 307"):
+        with (
+            serving(lambda asked, n: (status, {}, away)) as server,
+            pytest.raises(ScoreFailed, match=f"status {status}"),
+        ):
             endpoint(server, key="JUDGE_KEY")[0].answer("which?", GREY[:2])
-        assert not elsewhere.asked
+        assert not elsewhere.asked + elsewhere.looked
 
 
 def test_one_refused_question_costs_one_pair_and_only_refusals_end_it():

@@ -216,6 +216,10 @@ def test_elements_that_mean_several_or_nothing_are_refused():
 def test_likeness_is_the_nearest_reference_set():
     known = {c: [flat(c, 0), flat(c, 20)] for c in COLOURS}
     eyes = Likeness({"colour": known}, Mean())
+    assert eyes.accuracy() == {"colour": (6, 6)}
+    # One label of two colours: the mean over its references counts, not the nearest of them.
+    known["blue"].append(flat("red"))
+    eyes = Likeness({"colour": known}, Mean())
     images = [flat("green", 9), flat("blue", 11), flat("red", 3)]
     assert [labels["colour"] for labels in eyes.labels(images)] == ["green", "blue", "red"]
     got = eyes.probabilities(images)["colour"]
@@ -226,7 +230,6 @@ def test_likeness_is_the_nearest_reference_set():
         cosines = [np.mean([seen @ unit(v) for v in vectors[c]]) for c in COLOURS]
         want = np.exp(100 * np.array(cosines))
         assert row.tolist() == pytest.approx((want / want.sum()).tolist(), rel=1e-3, abs=1e-6)
-    assert eyes.accuracy() == {"colour": (6, 6)}
     misfiled = Likeness(
         {"colour": {"red": [flat("red"), flat("blue"), flat("red", 9)], "blue": [flat("blue", 9)]}}, Mean()
     )
