@@ -108,6 +108,11 @@ def test_an_upload_is_its_owner_s():
     body = {"data": [{"path": path}], "fn_index": 0, "session_hash": "theirs"}
     assert other.post("/gradio_api/queue/join", json=body).status_code == 403
     assert mine.post("/gradio_api/queue/join", json={**body, "session_hash": "mine"}).status_code == 200
+    # The same bytes under the same name have the same path, and are then of both.
+    assert other.post("/gradio_api/upload", files={"files": ("a.txt", b"hello")}).json() == [path]
+    for browser in (mine, other):
+        assert browser.get(f"/gradio_api/file={path}").content == b"hello"
+    assert bare.get(f"/gradio_api/file={path}").status_code == 403
 
 
 def test_uploads_and_bodies_have_limits():

@@ -101,7 +101,7 @@ class Guard:
         self._logins: OrderedDict[str, deque] = OrderedDict()
         self._uploads: OrderedDict[str, deque] = OrderedDict()
         self._sessions: OrderedDict[str, str] = OrderedDict()  # gradio's session hash -> owner
-        self._paths: OrderedDict[str, str] = OrderedDict()  # uploaded path -> owner
+        self._paths: OrderedDict[str, set[str]] = OrderedDict()  # uploaded path -> owners
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -192,7 +192,7 @@ class Guard:
     def _may(self, path: str, owner: str) -> bool:
         """Whether a text is no uploaded file's path, or that of one of the owner's."""
         whose = self._paths.get(os.path.normpath(path)) if len(path) < 4096 and "/" in path else None
-        return whose is None or whose == owner
+        return whose is None or owner in whose
 
     def _over(self, seen: OrderedDict[str, deque], who: str, amount: float, limit: float, window: float) -> bool:
         now = self._clock()
@@ -234,9 +234,8 @@ class Guard:
             return  # an error of gradio's in words
         for path in paths if isinstance(paths, list) else []:
             if isinstance(path, str):
-                self._paths.setdefault(
-                    os.path.normpath(path), owner
-                )  # equal content has one path: who came first keeps it
+                # Equal content has one path; whoever uploads it has it already, so each of them may.
+                self._paths.setdefault(os.path.normpath(path), set()).add(owner)
         _bounded(self._paths)
 
 
