@@ -1,8 +1,10 @@
 """What the app costs over Composer: pictures through gradio_client by the Compose page's own Draw, with and without
 live preview, against the same pictures by Composer in this process.
 
-    OMP_NUM_THREADS=1 python benchmarks/app.py                  # 30 pictures; on an idle machine
-    OMP_NUM_THREADS=1 python benchmarks/app.py 4 --steps 5      # a try
+    OMP_NUM_THREADS=1 python -m benchmarks.app                  # 30 pictures; on an idle machine
+    OMP_NUM_THREADS=1 python -m benchmarks.app 4 --steps 5      # a try
+
+As a module: by its path, this folder would come first and hide the package `kernels`, which transformers looks for.
 
 Every picture is drawn four times in turn: Composer, page, page with preview, Composer again. The two Composer columns
 are the same thing twice: their difference (A/A) is what this machine's noise makes of nothing. The page's pictures are
