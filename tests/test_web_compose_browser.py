@@ -196,6 +196,7 @@ def test_a_downloaded_picture_restores_every_control_and_is_drawn_again_to_the_b
     other.click("#ml-open")
     other.wait_for_selector("#ml-draw", state="visible")
     assert prompt(other) == recipe.prompt
+    other.click("#ml-settings button")  # what is folded away is not in the page
     assert other.input_value("#ml-seed input") == "41"
     assert other.input_value("li[data-name=palma] .ml-weight input[type=number]") == "0.6"
     assert "Done" in draw(other)

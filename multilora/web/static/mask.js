@@ -1,9 +1,10 @@
 // A mask painted on a canvas in the picture's size: white where the LoRA acts. Halves are there for the keyboard.
 function MASK(use) {
-  const wide = numberOf("ml-width", 512), high = numberOf("ml-height", 512);
+  const behind = document.querySelector("#ml-picture img");
+  // The size's fields are not in the page while they are folded away; the mask is fitted to the picture when it is drawn.
+  const wide = numberOf("ml-width", behind?.naturalWidth || 512), high = numberOf("ml-height", behind?.naturalHeight || 512);
   const canvas = make("canvas", { width: wide, height: high, class: "ml-canvas", "aria-label": `mask of ${use.name}` });
   const pen = canvas.getContext("2d");
-  const behind = document.querySelector("#ml-picture img");
   const frame = make("div", { class: "ml-frame" }, canvas);
   frame.style.aspectRatio = `${wide} / ${high}`;
   if (behind) frame.style.backgroundImage = `url("${behind.src}")`;
