@@ -111,9 +111,10 @@ def page(shell: Shell) -> None:
             status = gr.HTML(words.said("Press Answer: three answers come side by side."), apply_default_css=False)
             with gr.Row():
                 answers = [
-                    gr.Textbox(label=label, lines=4, max_lines=12, interactive=False, buttons=["copy"], min_width=180)
-                    for label in KINDS.values()
-                ]
+                    gr.Textbox(label=label, lines=4, max_lines=12, interactive=False, buttons=["copy"], min_width=180,
+                               elem_id=f"ml-answer-{kind}")
+                    for kind, label in KINDS.items()
+                ]  # fmt: skip
 
     def weigh(names: list[str]) -> list[Any]:
         shown = [*names[:MOST], *[""] * MOST][:MOST]
