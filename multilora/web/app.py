@@ -68,6 +68,8 @@ def look() -> dict[str, Any]:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
+    # gradio's own grey has a contrast of 2.6 on white, too little for words.
+    theme = theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
     return {"theme": theme, "css_paths": [STYLE]}
 
 
