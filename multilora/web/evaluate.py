@@ -71,8 +71,9 @@ def _evaluation(shell: Shell, background: Background) -> None:
                 stop = gr.Button("Stop")
         with gr.Column(scale=7, min_width=320):
             state = gr.HTML(apply_default_css=False)
-            files = gr.File(label="Report and tables", file_count="multiple", interactive=False, visible=False)
             report = gr.HTML(apply_default_css=False)
+            files = gr.File(label="Report and tables", file_count="multiple", interactive=False, visible=False,
+                            height=200)  # fmt: skip
     timer, seen = gr.Timer(EVERY, active=False), gr.State("")
 
     def told(names: list[str], numbers: list[int], each: float) -> str:
