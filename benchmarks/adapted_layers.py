@@ -1,6 +1,6 @@
 """The adapted layer's table for the CPU: operations of a step, times of Composite, Switch and routed decoding.
 
-    OMP_NUM_THREADS=1 python benchmarks/kernels.py [rounds] > benchmarks/kernels.md
+    OMP_NUM_THREADS=1 python benchmarks/adapted_layers.py [rounds] > benchmarks/adapted_layers.md
 
 Operations are dispatched aten operations without views, on the topology of Stable Diffusion 1.5 at width 0.1; they
 depend on no machine. Times are CPU seconds of one thread, the contenders in turn, as medians; A/A is the spread of one
@@ -196,7 +196,7 @@ def decoding(rounds: int, layers: int = 8, d: int = 256, ff: int = 704, experts:
 
 @torch.no_grad()
 def main(rounds: int = 7) -> None:
-    print("# The adapted layer on the CPU\n\nMade by `python benchmarks/kernels.py`.\n")
+    print("# The adapted layer on the CPU\n\nMade by `python benchmarks/adapted_layers.py`.\n")
     print(f"Machine: {_cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}; {rounds} rounds.")
     model = unet()
     counts(model)
