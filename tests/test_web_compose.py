@@ -6,6 +6,7 @@ import base64
 import io
 import shlex
 import types
+from pathlib import Path
 
 import gradio as gr
 import pytest
@@ -338,7 +339,7 @@ def test_the_endpoint_draws_and_the_picture_it_gives_is_made_again_by_its_recipe
     read = calls["read_recipe"](str(path))
     assert read == about["recipe"]
     *_, (again, _) = calls["compose_recipe"](asking("ann"), read)
-    assert again.read_bytes() == path.read_bytes()
+    assert Path(again).read_bytes() == Path(path).read_bytes()
     assert "--option every=2" in calls["share_recipe"](read)["command"]
     assert {"switch", "merge"} <= {m["name"] for m in calls["list_methods"]()}
     with pytest.raises(gr.Error, match="'nothing' is not in your library"):

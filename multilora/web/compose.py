@@ -19,7 +19,7 @@ from multilora.web.shell import Shell
 TOLD_EVERY = 0.1  # seconds between two messages to the browser
 # On a phone the result is below the controls.
 SHOW = """() => {
-  if (window.innerWidth < 700) document.querySelector("#ml-state").scrollIntoView({ behavior: "smooth" });
+  if (window.innerWidth < 700) document.querySelector("#ml-state").scrollIntoView({ block: "center" });
 }"""
 READY = "Ready. Click LoRAs, write a prompt, then Draw."
 
