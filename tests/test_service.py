@@ -284,6 +284,7 @@ BAD = [
     (Compose(recipe=recipe(loras=[LoraUse(name="fox", reference="zib", mask="/etc/passwd")])), "mask of LoRA 'fox'"),
     (Compose(recipe=recipe(pictures=[PictureUse(role="image", reference="/x.png", sha256="0")])), "image: send the"),
     (Compose(recipe=recipe(options={"file": "/etc/passwd"})), "option file='/etc/passwd'"),
+    (Compose(recipe=recipe(options={"gate": "mine.safetensors"})), "option gate='mine.safetensors'"),
     (Compose(recipe=recipe(scheduler_config={"num_train_timesteps": 10**9})), "num_train_timesteps is 1e\\+09"),
     (Compose(recipe=recipe(extra={"x": "y" * 2**21})), "length of the recipe"),
     (Compose(recipe=recipe(), masks={"fox": b""}), "masks: 'fox' is not a LoRA"),

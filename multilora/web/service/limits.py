@@ -68,7 +68,7 @@ def check(request: Request, limits: Limits) -> None:
             raise Refused("controlnet: this server has none")
         most("length of the recipe", len(recipe.json), limits.recipe)
         for name, value in recipe.options.items():
-            if isinstance(value, str) and ("/" in value or "\\" in value):
+            if isinstance(value, str) and ("/" in value or "\\" in value or value.endswith(".safetensors")):
                 raise Refused(f"option {name}={value!r:.80}: a path is not taken here")
         most("num_train_timesteps", _number(recipe.scheduler_config.get("num_train_timesteps", 1)), 10_000)
         for use in recipe.loras:
