@@ -75,6 +75,11 @@ def test_where_all_pictures_agree_the_interval_is_not_a_point():
     assert statistics.mean([]).n == 0
 
 
+def test_a_handful_of_pictures_proves_nothing():
+    assert not statistics.difference([1.0] * 5, [0.0] * 5).apart
+    assert statistics.difference([1.0] * 6, [0.0] * 6).apart
+
+
 def test_wins_and_lengths():
     assert statistics.wins([1, 2, 3, 3], [0, 2, 4, 1]) == (2, 1, 1)
     for of in (statistics.wins, statistics.difference):

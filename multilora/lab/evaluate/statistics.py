@@ -14,6 +14,7 @@ import numpy as np
 
 RESAMPLES = 4000
 LEVEL = 0.95
+FEW = 6  # pictures that all agree: with fewer, a sign test could not reach 5% (2 / 2^6 = 3%)
 _CHUNK = 2**22  # numbers drawn at once
 
 
@@ -28,8 +29,8 @@ class Interval:
 
     @property
     def apart(self) -> bool:
-        """Whether 0 lies outside: of a difference, whether the two differ."""
-        return self.low > 0 or self.high < 0
+        """Whether 0 lies outside: of a difference, whether the two differ. Never with fewer than FEW pictures."""
+        return self.n >= FEW and (self.low > 0 or self.high < 0)
 
 
 def wilson(found: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
