@@ -103,12 +103,16 @@ class Background:
         return True
 
     def printed(self, session: Session, kind: str) -> dict:
-        """What the session's finished run printed as JSON, {} when there is nothing."""
+        """What the session's finished run printed as JSON, without the server's paths; {} when there is nothing."""
         run = self._runs.get((session.key, kind))
         try:
-            return json.loads(_beside(run.folder, "json").read_text()) if run else {}
+            told = json.loads(_beside(run.folder, "json").read_text()) if run else {}
         except (OSError, ValueError):
             return {}
+        told.pop("sheet", None)
+        # A client of gradio would take an object with a "path" for a file to download.
+        told["cells"] = [_without_path(cell) for cell in told.get("cells", [])]
+        return told
 
     def close(self) -> None:
         """End what is running, by force after GRACE seconds."""
@@ -122,6 +126,10 @@ class Background:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _without_path(cell: object) -> object:
+    return {k: v for k, v in cell.items() if k != "path"} if isinstance(cell, dict) else cell
 
 
 def _beside(folder: Path, suffix: str) -> Path:
