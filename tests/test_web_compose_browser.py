@@ -285,6 +285,8 @@ def test_a_phone_has_no_sideways_scroll_and_its_buttons_in_reach(visit):
     assert box["x"] >= 0
     assert box["y"] + box["height"] <= 844
     assert "Done" in draw(page)
+    assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    assert 0 <= page.locator("#ml-state").bounding_box()["y"] < 844  # in sight
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

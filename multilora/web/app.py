@@ -29,8 +29,10 @@ DARK = """() => {
   const dark = document.body.classList.toggle("dark");
   localStorage.setItem("multilora-dark", dark ? "1" : "0");
 }"""
-# What was chosen last time, else what the system says, which gradio follows by itself.
+# What was chosen last time, else what the system says, which gradio follows by itself. A phone that may zoom out
+# lays the page out anew, twice as wide, as soon as one thing in it is wider than the screen.
 REMEMBER = """() => {
+  document.querySelector("meta[name=viewport]").content += ", minimum-scale=1";
   const chosen = localStorage.getItem("multilora-dark");
   if (chosen !== null && !location.search.includes("__theme")) document.body.classList.toggle("dark", chosen === "1");
 }"""
