@@ -27,7 +27,7 @@ def _delta(down, up, row):
 ROWS = {"all": (K,), "sample": (2, K), "token": (2, 5, K)}
 
 
-@pytest.mark.parametrize("implementation", ("torch", "reference"))
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
 @pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS)
 def test_linear_equals_a_loop_over_dense_deltas(shape, implementation):
     x, down, up, row = _random(2, 5, 9), _random(R, 9, seed=1), _random(6, R, seed=2), _random(*shape, seed=3)
@@ -37,7 +37,7 @@ def test_linear_equals_a_loop_over_dense_deltas(shape, implementation):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ("torch", "reference"))
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
 @pytest.mark.parametrize("shape", [(K,), (2, K)], ids=["all", "sample"])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation", "groups"),
@@ -58,7 +58,7 @@ def test_conv_equals_the_convolution_by_the_dense_delta(
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ("torch", "reference"))
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
 @pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS)
 def test_embedding_equals_the_lookup_in_the_dense_delta(shape, implementation):
     ids = torch.tensor([[0, 10, 3, 3, 1], [2, 2, 9, 0, 5]])
