@@ -164,7 +164,8 @@ def tables(journal: Journal) -> str:
     return "\n\n".join((
         f"Share right on held-out prompts (news: the questions that were not answered in training), mean of "
         f"n seeds, bootstrapped over them. The donor's weight is chosen from {len(GRID)} by other questions. Full "
-        "fine-tuning throughout.",
+        "fine-tuning throughout. Before any of these figures `count` took the place of `mirror`, which few-shot "
+        "transfer had shown that nothing learns from 20 examples.",
         table(["method", *(named[t] for t in tasks)], rows),
         "Cost in CPU-seconds once the checkpoints are there (one thread), mean. A sweep of the weight costs its "
         "merges and answers besides, for both averages alike.",
