@@ -255,7 +255,8 @@ def test_two_processes_are_one_with_the_doubled_batch(folder, tmp_path):
         "from tests.test_text_train import small\n"
         f"done = small({str(folder)!r}, {str(tmp_path / 'two')!r}, steps=20, batch=2)\n"
         "import torch.distributed as dist\n"
-        "print('world', dist.get_world_size(), 'losses', *done.losses)\n"
+        "line = ' '.join(map(str, ('world', dist.get_world_size(), 'losses', *done.losses)))\n"
+        "print(line + '\\n', end='', flush=True)\n"  # one write: two processes share the pipe
     )
     one = small(folder, tmp_path / "one", steps=20, batch=4)
     ran = subprocess.run(

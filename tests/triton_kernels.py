@@ -153,7 +153,7 @@ def test_gradients_and_registration(name):
         a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
     )
     torch.library.opcheck(op, tracked)
-    assert torch.autograd.gradcheck(op, tracked)
+    assert torch.autograd.gradcheck(op, tracked, fast_mode=True)  # the interpreter is too slow for every entry
 
 
 @pytest.mark.long
