@@ -16,7 +16,7 @@ from multilora.recipe import Recipe
 
 pytestmark = pytest.mark.long
 FOUR = ("korv", "dotta", "burgo", "palma")
-PATIENCE = 400_000  # milliseconds: the machine may be shared, and no test here is about time
+PATIENCE = 120_000  # milliseconds: the machine may be shared, and no test here is about time
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 
 
@@ -100,6 +100,8 @@ def quick(page, steps=3):
     """Few steps, and no scores."""
     if not page.is_visible("#ml-steps input"):
         page.click("#ml-settings button")
+    page.wait_for_function("document.querySelector('#ml-steps input')?.value")  # its own value comes with the fold
+    page.wait_for_timeout(300)
     page.fill("#ml-steps input", str(steps))
     page.keyboard.press("Tab")
 
@@ -224,12 +226,12 @@ def test_a_file_without_a_recipe_is_said_in_words(visit, tmp_path):
     page.wait_for_selector("#ml-read:has-text('link')")
 
 
-def test_what_a_server_does_not_draw_is_said_and_the_page_goes_on(visit):
+def test_a_wrong_setting_is_said_and_the_page_goes_on(visit):
     page = visit()
+    quick(page, 999)
+    page.click("#ml-draw")  # refused at once: it may never be seen busy
+    assert "steps is 999, this server allows up to 150" in state(page)
     quick(page)
-    page.fill("#ml-prompt textarea", "x" * 4001)
-    assert "length of the prompt is 4001, this server allows up to 4000" in draw(page)
-    page.fill("#ml-prompt textarea", "a fox")
     assert "Done" in draw(page)
 
 
