@@ -328,12 +328,8 @@ def _sibling(branch: Branch, row: Row, where: Where, down: Tensor, up: Tensor, l
         downs = [b().stacked(where).picked(layout) for b in branches]
         row.wide[group, where] = torch.cat(downs, dim=-2).mT
         row.nbytes += sum(d.numel() * d.element_size() for d in downs)
-    down, segments, alpha, wide = (
-        down.mT,
-        layout.segments,
-        layout.alpha,
-        row.wide,
-    )  # not the row, which holds this step
+    # What the step needs of the row, and not the row, which holds the step.
+    down, segments, alpha, wide = down.mT, layout.segments, layout.alpha, row.wide
 
     def step(branch: Branch, x: Tensor, y: Tensor) -> Tensor:
         h = group.shrunk(n, wide, x, down, wide.get((group, where)), segments)

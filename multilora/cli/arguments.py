@@ -235,3 +235,13 @@ def check_folder(folder: Path, option: str = "--out") -> None:
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{option} {str(folder)!r}: {above} is no folder that can be written to")
+
+
+def check_batch(out: Path, workers: int | None, threads: int | None) -> None:
+    """Refuse what no batch can run with: too few workers or threads, a file where its folder is to be."""
+    for name, value in (("--workers", workers), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}: wanted at least 1")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {str(out)!r}: is a file already, wanted a folder")
+    check_folder(out)

@@ -39,12 +39,7 @@ def batch(
     as_json: Annotated[bool, typer.Option("--json", help="print what became of every line as JSON")] = False,
 ) -> None:
     """Draw every line of a recipes.jsonl; run it again to go on where it stopped."""
-    for name, value in (("--workers", workers), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value}: wanted at least 1")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {str(out)!r}: is a file already, wanted a folder")
-    arguments.check_folder(out)
+    arguments.check_batch(out, workers, threads)
     from multilora.lab.evaluate.batch import run_batch
     from multilora.lab.evaluate.items import read_items
     from multilora.lab.evaluate.journal import read_settings

@@ -68,12 +68,7 @@ def evaluation(
     as_json: Annotated[bool, typer.Option("--json", help="print the tables by method and k as JSON")] = False,
 ) -> None:
     """Compare methods over a library: pictures on the same noise, presence and CLIP score with intervals, a report."""
-    for name, value in (("--workers", workers), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value}: wanted at least 1")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {str(out)!r}: is a file already, wanted a folder")
-    arguments.check_folder(out)
+    arguments.check_batch(out, workers, threads)
     ks = read_ks(k)
     width, height = arguments.read_size(size)
     from multilora.lab.evaluate.combinations import read_library
