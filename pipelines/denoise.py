@@ -22,10 +22,11 @@ from multilora.pipelines import inputs
 from multilora.pipelines.caching import Caches
 from multilora.pipelines.families import TABLE
 from multilora.pipelines.members import Member, fit_mask
-from multilora.pipelines.outputs import answer, each, mean, prediction, split
+from multilora.pipelines.outputs import answer, prediction, split
 from multilora.pipelines.prompt import Encodings
 from multilora.pipelines.steady import Steady
 from multilora.plan import Moment, Pass, shares
+from multilora.predictions import each, mean
 from multilora.routing import Asked
 
 

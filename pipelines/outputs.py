@@ -1,8 +1,7 @@
-"""What a denoiser gives back (a tensor, list, tuple or BaseOutput), and the arithmetic of predictions."""
+"""What a denoiser gives back: a tensor, list, tuple or BaseOutput. multilora.predictions has their arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,22 +12,6 @@ def prediction(output: Any) -> Any:
     if isinstance(output, (Tensor, list)):
         return output
     return output[0]
-
-
-def each(fn: Callable, *predictions: Any) -> Any:
-    if isinstance(predictions[0], list):
-        return [fn(*each) for each in zip(*predictions, strict=True)]
-    return fn(*predictions)
-
-
-def mean(predictions: Sequence[Any], mix: Sequence[float]) -> Any:
-    """Sum of mix * prediction; one prediction at share 1 is handed through untouched."""
-    if len(predictions) == 1 and mix[0] == 1.0:
-        return predictions[0]
-    total = each(lambda p: p * mix[0], predictions[0])
-    for p, share in zip(predictions[1:], mix[1:], strict=True):
-        total = each(lambda a, b, s=share: a + b * s, total, p)
-    return total
 
 
 def answer(like: Any, prediction: Any) -> Any:
