@@ -70,6 +70,15 @@ def test_switch_row_is_the_users_weight_at_that_step():
     assert plan(moment(3, 4, (0.3, -0.2))) == [Pass((0.0, -0.2))]
 
 
+@pytest.mark.parametrize(("k", "compensate", "factor"), [(4, 0.0, 1.0), (4, 0.5, 2.0), (3, 1.0, 3.0), (1, 1.0, 1.0)])
+def test_switch_compensates_in_the_weight(k, compensate, factor):
+    weights = (0.3, 0.7, 1.1, 0.5)[:k]
+    plan = resolve("route", "switch", every=1, compensate=compensate)([object()] * k)
+    for step in range(k):
+        (only,) = plan(moment(step, k, weights))
+        assert only.row == pytest.approx([factor * w * (i == step) for i, w in enumerate(weights)])
+
+
 # -- the others -------------------------------------------------------------------------------------------------------
 
 
