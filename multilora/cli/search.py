@@ -127,7 +127,7 @@ def _known(state: Path) -> int:
 
 @contextlib.contextmanager
 def _interrupts(stop: threading.Event) -> Iterator[None]:
-    """The first Ctrl-C sets `stop`, the second one ends everything."""
+    """The first Ctrl-C or SIGTERM sets `stop`, the second one ends everything."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -135,13 +135,17 @@ def _interrupts(stop: threading.Event) -> Iterator[None]:
     def first(number: int, frame: Any) -> None:
         stop.set()
         note("ending the search with the best so far; once more to give up")
-        signal.signal(signal.SIGINT, before)
+        restored()
 
-    before = signal.signal(signal.SIGINT, first)
+    def restored() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restored()
 
 
 def _described(bound: Any, found: Any, chosen: Any, sources: list[str]) -> dict[str, Any]:

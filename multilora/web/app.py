@@ -22,6 +22,7 @@ PAGES = (
     ("library", "Library", "multilora.web.library"),
     ("text", "Text", "multilora.web.text"),
     ("evaluate", "Evaluate", "multilora.web.evaluate"),
+    ("weights", "Weights", "multilora.web.search"),
     ("recipe", "Recipe", "multilora.web.recipe"),
 )
 STYLE = Path(__file__).parent / "static" / "app.css"

@@ -1,4 +1,4 @@
-"""Commands that a page leaves running: `multilora eval` and `multilora grid`, each a process on a batch's folder.
+"""Commands that a page leaves running: `multilora eval`, `grid` and `search`, each a process on a folder of its own.
 
 The folder is the session's, so that a page which is loaded again finds its run, and a run that was stopped goes on.
 One run at a time on a server, at low priority: the pictures of others come first.
@@ -22,12 +22,14 @@ from pathlib import Path
 from multilora.web.service import Refused, Session
 
 GRACE = 30.0  # seconds that a run gets to finish its picture and its report
+OUT = {"eval": "", "grid": "", "search": "weights.json"}  # in the folder: what --out names
 RUNNING, DONE, STOPPED, FAILED, NONE = "running", "done", "stopped", "failed", "none"
 
 
 @dataclass(frozen=True)
 class State:
-    """How a run stands. `left` are seconds, 0 while unknown; `message` is the command's error when it failed."""
+    """How a run stands. `done` and `total` are pictures, of a search candidates; `left` are seconds, 0 while unknown;
+    `message` is the command's error when it failed."""
 
     status: str
     folder: Path | None = None
@@ -47,7 +49,8 @@ class _Run:
 
 
 class Background:
-    """The runs of all sessions of a server, by session and kind ("eval", "grid"); the latest of each kind is kept."""
+    """The runs of all sessions of a server, by session and kind ("eval", "grid", "search"); the latest of each kind is
+    kept."""
 
     def __init__(self) -> None:
         self._runs: dict[tuple[str, str], _Run] = {}
@@ -55,7 +58,7 @@ class Background:
         atexit.register(self.close)
 
     def start(self, session: Session, kind: str, words: Sequence[str], total: int) -> Path:
-        """Run `multilora KIND WORDS` for `total` pictures; the same words go on in the same folder. Its folder.
+        """Run `multilora KIND WORDS` for `total` steps; the same words go on in the same folder. Its folder.
 
         Raises Refused while another run is going on, whosever it is.
         """
@@ -66,15 +69,16 @@ class Background:
                 if run.process.poll() is None:
                     whose = "yours is" if owner == session.key else "another user's is"
                     raise Refused(
-                        f"one evaluation or grid at a time, and {whose} running; wait for it or stop it", "busy"
+                        f"one evaluation, grid or search at a time, and {whose} running; wait for it or stop it",
+                        "busy",
                     )
             folder.mkdir(parents=True, exist_ok=True)
             nice = ["nice", "-n", "10"] if shutil.which("nice") else []
-            ahead = ["--out", str(folder), "--json"]
+            ahead = ["--out", str(folder / OUT[kind]), "--json"]
             command = [*nice, sys.executable, "-m", "multilora.cli", kind, *ahead, *words]
             with open(_beside(folder, "log"), "w") as log, open(_beside(folder, "json"), "w") as out:
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log)
-            run = _Run(folder, total, process, time.monotonic(), sum(_counts(folder)))
+            run = _Run(folder, total, process, time.monotonic(), sum(_counts(folder, kind)))
             self._runs[session.key, kind] = run
         return folder
 
@@ -84,7 +88,7 @@ class Background:
         if run is None:
             return State(NONE)
         code = run.process.poll()
-        done, failed = _counts(run.folder)
+        done, failed = _counts(run.folder, kind)
         now = done + failed - run.before
         spent = time.monotonic() - run.began
         left = spent / now * (run.total - done - failed) if now > 0 and code is None else 0.0
@@ -109,7 +113,8 @@ class Background:
             told = json.loads(_beside(run.folder, "json").read_text()) if run else {}
         except (OSError, ValueError):
             return {}
-        told.pop("sheet", None)
+        for place in ("sheet", "path", "plot"):
+            told.pop(place, None)
         # A client of gradio would take an object with a "path" for a file to download.
         told["cells"] = [_without_path(cell) for cell in told.get("cells", [])]
         return told
@@ -136,8 +141,25 @@ def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(f"{folder.name}.{suffix}")
 
 
-def _counts(folder: Path) -> tuple[int, int]:
-    """(done, failed) of a batch's folder, also while its driver is at work."""
+def searched(folder: Path) -> list[tuple[tuple[float, ...], float, float]]:
+    """(weights, loss, penalty) of the candidates of a search, also while it is at work; the result's when it has one.
+
+    While it is at work the penalties are not known, and 0.
+    """
+    for name in (OUT["search"], "weights.state.json"):
+        try:
+            trials = json.loads((folder / name).read_text())["trials"]
+        except (OSError, ValueError, KeyError):  # not there yet
+            continue
+        rows = [(t["weights"], t["loss"], t["penalty"]) if isinstance(t, dict) else (*t, 0.0) for t in trials]
+        return [(tuple(weights), loss, penalty) for weights, loss, penalty in rows]
+    return []
+
+
+def _counts(folder: Path, kind: str) -> tuple[int, int]:
+    """(done, failed) of a run's folder, also while its process is at work."""
+    if kind == "search":
+        return len(searched(folder)), 0
     from multilora.lab.evaluate.journal import read_rows
 
     try:

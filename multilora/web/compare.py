@@ -42,8 +42,8 @@ class Sheet:
         return {
             self.pictures: [(path, caption) for (_, path), caption in zip(named, captions, strict=True)],
             self.drawn: named,
-            self.left: gr.Dropdown(names, value=names[0]),
-            self.right: gr.Dropdown(names, value=names[-1]),
+            self.left: gr.update(choices=names, value=names[0]),
+            self.right: gr.update(choices=names, value=names[-1]),
             self.slider: (named[0][1], named[-1][1]) if len(named) > 1 else None,
         }
 

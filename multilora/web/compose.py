@@ -16,7 +16,7 @@ from multilora.web.controls import Controls
 from multilora.web.service import Base, Compose, Job, Refused, Session
 from multilora.web.shell import Shell
 
-TOLD_EVERY = 0.1  # seconds between two messages to the browser
+TOLD_EVERY = 0.25  # seconds between two messages to the browser
 # On a phone the result is below the controls.
 SHOW = """() => {
   if (window.innerWidth < 700) document.querySelector("#ml-state").scrollIntoView({ block: "center" });
@@ -68,6 +68,7 @@ class Result:
             self.python = gr.Code("", language="python", label="Python", lines=4, **common)
         self.components = [self.picture, self.name, self.download, self.restore, self.scores, self.link, self.command,
                            self.python]  # fmt: skip
+        self.around = self.components[2:]  # what follows the picture and its name
 
     def of(self, found: history.Kept, request: gr.Request) -> dict[Any, Any]:
         """Values of the components for a picture of the history."""
@@ -75,8 +76,8 @@ class Result:
         return {
             self.picture: path,
             self.name: found.path.name,
-            self.download: gr.DownloadButton(value=path, interactive=True),
-            self.restore: gr.Button(interactive=True),
+            self.download: gr.update(value=path, interactive=True),
+            self.restore: gr.update(interactive=True),
             self.scores: words.scores(found.scores),
             self.link: elsewhere.link(recipe, _address(request)),
             self.command: elsewhere.command(recipe),
@@ -113,20 +114,24 @@ def page(shell: Shell) -> None:
     buttons = [draw, several, stop]
 
     def pressed(busy: bool) -> dict[Any, Any]:
+        # As updates: a new component in their place takes several times as long, in each request.
         return {
-            draw: gr.Button(interactive=not busy),
-            several: gr.Button(interactive=not busy),
-            stop: gr.Button(interactive=busy),
+            draw: gr.update(interactive=not busy),
+            several: gr.update(interactive=not busy),
+            stop: gr.update(interactive=busy),
         }
 
     def gallery(session: Session) -> Any:
         paths = [str(path) for path in history.files(session)]
-        return gr.Gallery(value=paths, visible=bool(paths))
+        return gr.update(value=paths, visible=bool(paths))
+
+    def begin() -> dict[Any, Any]:
+        """Before a picture is asked for."""
+        return {**pressed(True), remarks: "", state: words.status("asking", "busy", 0.0)}
 
     def one(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        """Draw what the controls say; yields what changes on the page."""
+        """Draw what the controls say; yields what changes on the page, up to the picture."""
         session, before = shell.session(request), values[-1]
-        yield {**pressed(True), tabs: gr.Tabs(selected="one"), remarks: "", state: words.status("asking", "busy", 0.0)}
         try:
             settings, flags = controls.read(values[:-1])
             recipe, masks = recipe_of(service, session, settings, before)
@@ -143,30 +148,19 @@ def page(shell: Shell) -> None:
             finally:
                 running.ended(request, job)
             if job.last.kind == "cancelled":
-                yield {state: words.status("Stopped; there is no picture."), result.picture: None, **pressed(False)}
+                yield {state: words.status("Stopped; there is no picture."), result.picture: None, result.name: ""}
                 return
             made = job.result().pictures[0]
         except ValueError as error:  # Refused and pydantic's are ValueErrors
-            yield {state: words.status(str(error), "error"), **pressed(False)}
+            yield {state: words.status(str(error), "error")}
             return
         found = history.keep(session, made)
         line = f"Done in {made.seconds:.1f} s: {made.recipe.method.replace('_', ' ')}, seed {made.recipe.seed}"
-        yield {
-            **result.of(found, request),
-            state: words.status(line, "done"),
-            past: gallery(session),
-            **pressed(False),
-        }
+        yield {result.picture: str(found.path), result.name: found.path.name, state: words.status(line, "done")}
 
     def many(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        """Draw it under every method that is ticked; yields what changes on the page."""
+        """Draw it under every method that is ticked; yields what changes on the page, up to the last picture."""
         session, before = shell.session(request), values[-1]
-        yield {
-            **pressed(True),
-            tabs: gr.Tabs(selected="several"),
-            remarks: "",
-            state: words.status("asking", "busy", 0.0),
-        }
         drawn: list[history.Kept] = []
         try:
             wanted = compare.request(service, session, controls, values[:-1], before)
@@ -184,29 +178,47 @@ def page(shell: Shell) -> None:
             finally:
                 running.ended(request, job)
             if job.last.kind == "cancelled":
-                yield {state: words.status(f"Stopped after {len(drawn)} pictures."), past: gallery(session),
-                       **pressed(False)}  # fmt: skip
+                yield {state: words.status(f"Stopped after {len(drawn)} pictures.")}
                 return
             job.result()
         except ValueError as error:
-            yield {state: words.status(str(error), "error"), past: gallery(session), **pressed(False)}
+            yield {state: words.status(str(error), "error")}
             return
         line = f"Done in {sum(k.seconds for k in drawn):.1f} s: {len(drawn)} methods, one seed"
-        yield {**result.of(drawn[0], request), state: words.status(line, "done"), past: gallery(session),
-               **pressed(False)}  # fmt: skip
+        first = drawn[0].path
+        yield {result.picture: str(first), result.name: first.name, state: words.status(line, "done")}
 
-    inputs = [*controls.components, restored]
-    shown = [*result.components, state, remarks, past, tabs, *buttons]
+    def end(name: str, request: gr.Request) -> dict[Any, Any]:
+        """After it: the history, and what may be done with the picture that is shown."""
+        session = shell.session(request)
+        released = {**pressed(False), past: gallery(session)}
+        try:
+            found = result.of(history.kept(session, name), request)
+        except Refused:  # none was drawn, or it was stopped
+            none = gr.update(interactive=False)
+            return {**released, **dict.fromkeys(result.around, ""), result.download: none, result.restore: none}
+        return {**released, **{c: found[c] for c in result.around}}
 
     def mistaken() -> dict[Any, Any]:
         """Something went wrong here that has no words for the user."""
         return {**pressed(False), state: words.status("This server made a mistake; please try again.", "error")}
 
+    inputs = [*controls.components, restored]
+    shown = [*result.components, state, tabs]
+
+    def run(start: Any, tab: str, draw_it: Any, *own: Any) -> None:
+        """Three events, as gradio makes every output of an event anew with each thing that the event yields: what
+        changes at every step has an event with few outputs."""
+        opened_tab = {tabs: gr.Tabs(selected=tab)}
+        began = start(lambda: {**begin(), **opened_tab}, None, [*buttons, remarks, state, tabs], trigger_mode="once",
+                      queue=False, **private)  # fmt: skip
+        drawing = began.then(draw_it, inputs, [result.picture, result.name, state, remarks, *own], **private)
+        drawing.failure(mistaken, None, [state, *buttons], queue=False, **private)
+        drawing.success(end, result.name, [*result.around, past, *buttons], queue=False, **private)
+
     for start in (draw.click, controls.prompt.submit):
-        going = start(one, inputs, shown, trigger_mode="once", **private)
-        going.failure(mistaken, None, [state, *buttons], queue=False, **private)
-    going = several.click(many, inputs, [*shown, *sheet.components], trigger_mode="once", **private)
-    going.failure(mistaken, None, [state, *buttons], queue=False, **private)
+        run(start, "one", one)
+    run(several.click, "several", many, *sheet.components)
     for button in (draw, several):
         button.click(None, None, None, js=SHOW, **private)
     stop.click(running.stop, None, None, queue=False, **private)

@@ -39,7 +39,7 @@ _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidde
 
 def page(shell: Shell) -> None:
     """The page: the two forms, each with how its run stands and what came of it."""
-    background = Background()
+    background = shell.background
     gr.HTML(words.intro(INTRO))
     with gr.Tabs():
         with gr.Tab("Compare methods"):
@@ -221,10 +221,10 @@ def _endpoints(shell: Shell, background: Background) -> None:
         return f"{total} pictures"
 
     def evaluation_state(kind: str = "eval", request: gr.Request = None) -> dict:
-        """How your latest evaluation or grid stands, and the numbers that it gave.
+        """How your latest evaluation, grid or search stands, and the numbers that it gave.
 
         Args:
-            kind: eval or grid
+            kind: eval, grid or search
         Returns:
             status (none, running, done, stopped, failed), done, total, seconds left, message, result
         """
@@ -235,10 +235,10 @@ def _endpoints(shell: Shell, background: Background) -> None:
                 "result": numbers}  # fmt: skip
 
     def evaluation_stop(kind: str = "eval", request: gr.Request = None) -> str:
-        """Stop your evaluation or grid: the picture in hand is finished, and what there is is reported.
+        """Stop your evaluation, grid or search: the picture in hand is finished, and what there is is reported.
 
         Args:
-            kind: eval or grid
+            kind: eval, grid or search
         """
         return "stopping" if background.stop(shell.session(request), kind) else "nothing runs"
 

@@ -64,7 +64,7 @@ def eval_words(
         raise Refused(f"LoRAs in a picture {ks}: wanted some of 2, 3, 4 and 5")
     if split not in SPLITS.values():
         raise Refused(f"split {split!r}: wanted test, train or all")
-    _within("steps", steps, service.limits.steps)
+    within("steps", steps, service.limits.steps)
     total = pictures_of(names, ks, count)
     if int(count) < 1 or total > MOST_PICTURES:
         raise Refused(f"{total} pictures: wanted 1 to {MOST_PICTURES} here; the command line has no limit", "limit")
@@ -88,19 +88,24 @@ def grid_words(
     cells = len(axes[0].values) * (len(axes[1].values) if len(axes) > 1 else 1)
     if cells > MOST_CELLS:
         raise Refused(f"{cells} pictures: wanted at most {MOST_CELLS} here; the command line allows more", "limit")
-    if len(references or ()) > service.limits.loras:
-        raise Refused(f"{len(references)} LoRAs: at most {service.limits.loras}", "limit")
-    _within("steps", steps, service.limits.steps)
-    found = [service.entry(session, reference) for reference in references or ()]
-    from multilora.pipelines.load import library
-
-    embedded = library()
-    loras = [e.reference if e.reference in embedded else f"{e.name.replace('=', ' ')}={e.path}" for e in found]
+    within("steps", steps, service.limits.steps)
+    loras = lora_words(service, session, references)
     asked = [word for lora in loras for word in ("--lora", lora)]
     asked += [f"--x={x.strip()}", *([f"--y={y.strip()}"] if (y or "").strip() else [])]
     base = session.base or service.bases[0]
     asked += ["--base", base, "--seed", str(int(seed)), "--steps", str(int(steps)), *_where(service)]
     return [*asked, "--", prompt], cells
+
+
+def lora_words(service: Service, session: Session, references: Sequence[str] | None) -> list[str]:
+    """What a command calls the LoRAs of a session: library names, else NAME=PATH. Raises Refused."""
+    if len(references or ()) > service.limits.loras:
+        raise Refused(f"{len(references)} LoRAs: at most {service.limits.loras}", "limit")
+    found = [service.entry(session, reference) for reference in references or ()]
+    from multilora.pipelines.load import library
+
+    embedded = library()
+    return [e.reference if e.reference in embedded else f"{e.name.replace('=', ' ')}={e.path}" for e in found]
 
 
 def _axis(text: str, limits: Limits) -> Axis:
@@ -115,14 +120,15 @@ def _axis(text: str, limits: Limits) -> Axis:
         raise Refused(f"field {found.field!r}: wanted one of {', '.join([*FIELDS, 'NAME.weight', *sorted(options)])}")
     for value in found.values:
         if found.field == "steps":
-            _within("steps", value, limits.steps)
+            within("steps", value, limits.steps)
         if found.field == "size":
             for side in value.lower().split("x"):
-                _within("size", side, limits.side)
+                within("size", side, limits.side)
     return found
 
 
-def _within(name: str, value: Any, limit: int) -> None:
+def within(name: str, value: Any, limit: int) -> None:
+    """Raises Refused naming it for what is no whole number of 1 to `limit`."""
     try:
         number = int(value)
     except (TypeError, ValueError):
@@ -138,8 +144,8 @@ def _where(service: Service) -> list[str]:
     return ["--threads", "1", *(["--device", device] if device.split(":")[0] in ("cpu", "cuda", "mps") else [])]
 
 
-def status(state: State, nothing: str) -> str:
-    """How a run stands, as a line with a bar."""
+def status(state: State, nothing: str, things: str = "pictures") -> str:
+    """How a run stands, as a line with a bar; `things` are what it makes."""
     if state.status == NONE:
         return words.said(nothing)
     share = state.done / state.total if state.total else 0.0
@@ -148,9 +154,9 @@ def status(state: State, nothing: str) -> str:
     left = int(state.left)
     wait = f", about {left // 60} min {left % 60} s left" if left else ", loading the base" if not state.done else ""
     told = {
-        RUNNING: f"{state.done} of {state.total} pictures{wait}. You may close this page and come back.",
-        DONE: f"done: {state.total} pictures",
-        STOPPED: f"stopped after {state.done} of {state.total} pictures; the same settings go on from there",
+        RUNNING: f"{state.done} of {state.total} {things}{wait}. You may close this page and come back.",
+        DONE: f"done: {state.done if things != 'pictures' else state.total} {things}",
+        STOPPED: f"stopped after {state.done} of {state.total} {things}; the same settings go on from there",
     }[state.status]
     if state.message:
         told += f" ({state.message})"

@@ -1,4 +1,4 @@
-"""What every page of the app gets: the service, who asks, and the two things that pages share."""
+"""What every page of the app gets: the service, who asks, and what pages share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from multilora.web.background import Background
 from multilora.web.service import Service, Session
 
 
@@ -21,6 +22,7 @@ class Shell:
     tabs      the gr.Tabs of the pages; `gr.Tabs(selected="merge")` as its output opens that page
     library   a gr.State that changes when the LoRAs of the user change: a page that adds or removes one returns
               `shell.changed()` into it, a page that lists them listens to `shell.library.change`
+    background  what pages leave running: evaluations, grids, searches
     restore   set by the Compose page: `(recipe, session) -> values` for the components `controls`, which it restores
     """
 
@@ -28,6 +30,7 @@ class Shell:
     app: gr.Blocks
     tabs: gr.Tabs
     library: gr.State
+    background: Background = field(default_factory=Background)
     controls: list[Any] = field(default_factory=list)
     restore: Callable[..., list[Any]] | None = None
 
