@@ -21,13 +21,13 @@ from multilora.kernels.checks import check_index, check_layers, check_row, check
 from multilora.kernels.choice import IMPLEMENTATIONS, chosen
 
 __all__ = [
-    "IMPLEMENTATIONS", "add_by_index_", "add_expanded", "add_folded", "add_folded_conv", "guided_mean", "rebuild_",
-    "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_segments", "shrunk",
+    "IMPLEMENTATIONS", "add_by_index_", "add_expanded", "add_folded", "add_folded_conv", "columns", "guided_mean",
+    "rebuild_", "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_segments", "shrunk",
 ]  # fmt: skip
 
 
 @functools.cache
-def _columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+def columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """[R] the LoRA that each of the stacked ranks belongs to."""
     with torch.inference_mode(False):
         return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
@@ -37,7 +37,7 @@ def _scale(row: Tensor, ranks: Sequence[int], x: Tensor, dtype: torch.dtype) -> 
     """row [.., k] as [.., R] in x's leading dimensions, with ones where x has more of them than row."""
     row = row.to(x.device, dtype)
     if len(ranks) > 1 or ranks[0] != 1:
-        row = row.index_select(-1, _columns(tuple(ranks), row.device))
+        row = row.index_select(-1, columns(tuple(ranks), row.device))
     return row
 
 

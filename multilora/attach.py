@@ -59,8 +59,7 @@ class _Hook:
         x = args[0] if args else next(iter(kwargs.values()))
         y = output[0] if isinstance(output, tuple) else output
         if gate is not None:
-            row = gate.row(self.branch, x, y) if isinstance(gate, Asked) else gate(path, x)
-            y = self.branch.tensor(x, y, row)
+            y = gate.add(self, x, y) if isinstance(gate, Asked) else self.branch.tensor(x, y, gate(path, x))
         elif isinstance(row, Row):
             y = self.branch.numbers(x, y, row)
         else:

@@ -12,6 +12,7 @@ that knows less. Every layer's row is the answer times the users' weights.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Asked:
         """The same router at other weights, itself where they are its own."""
         if self.weights is not None and tuple(weights) == self.reach(weights):
             return self
-        return Asked(self.router, weights, self.time, self.live, self.total)
+        return type(self)(self.router, weights, self.time, self.live, self.total)
 
     def by_sample(self, weights: Sequence[Sequence[float]]) -> None:
         """Weights [B][k] that differ between the samples, in place of its own."""
@@ -108,6 +109,10 @@ class Asked:
 
     def __call__(self, path: str, x: Tensor) -> Tensor:
         raise TypeError("an Asked is read by adapted layers with their LoRAs' parts (row), not by path and input")
+
+    def add(self, hook: Any, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the LoRAs' part in one adapted layer; its hook has bank and branch."""
+        return hook.branch.tensor(x, y, self.row(hook.branch, x, y))
 
     def row(self, branch: Any, x: Tensor, y: Tensor) -> Tensor:
         """The row of one adapted layer: [k], [B, k] or [B, T, k], whatever fits its input x."""
@@ -126,14 +131,21 @@ class Asked:
             share = share.flatten(0, 1)  # a layer that sees all tokens of all samples in one dimension
         if self.weights is None or all(w == 1.0 for w in self.weights):
             return share
-        return share * torch.tensor(self.weights, dtype=share.dtype, device=share.device)
+        return share * numbers(self.weights, share.dtype, share.device)
+
+
+@functools.lru_cache(256)
+def numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values as a tensor, made once: a copy to the device in every step would keep it out of a CUDA graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def normalised(logits: Tensor, live: Sequence[bool]) -> Tensor:
     """softmax over the last dimension with masked-out entries at minus infinity: they get 0, the others sum to 1."""
     if all(live):
         return logits.softmax(-1)
-    out = torch.tensor([not v for v in live], device=logits.device)
+    out = numbers(tuple(not v for v in live), torch.bool, logits.device)
     return logits.masked_fill(out, -math.inf).softmax(-1)
 
 

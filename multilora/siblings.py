@@ -4,7 +4,7 @@ LoRAs' first matmuls are done as one, so that the input is read once and two ker
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,24 +30,28 @@ class Siblings:
     until the last has taken its part."""
 
     sites: tuple[Site, ...]
-    kept: tuple[Any, Tensor, int, Tensor] | None = field(default=None, repr=False)
+    kept: tuple[Any, Tensor, int, Any] | None = field(default=None, repr=False)
 
     def shrunk(self, n: int, row: Any, x: Tensor, down: Tensor, wide: Tensor | None, segments: int) -> Tensor:
         """x @ down for member n, down [in, R'] or [segments, in, R']; `wide` has the members' downs side by side, and
         `row` is any object that is one row's alone."""
+        h = None if wide is None else self.once(n, row, x, lambda: kernels.shrunk(x, wide, segments))
         rank = down.shape[-1]
-        if wide is None or x.is_inference() or torch.compiler.is_compiling():  # what may have changed cannot be told
-            return kernels.shrunk(x, down, segments)
+        return kernels.shrunk(x, down, segments) if h is None else h[..., n * rank : (n + 1) * rank]
+
+    def once(self, n: int, row: Any, x: Tensor, make: Callable[[], Any]) -> Any:
+        """What `make` gives for all members, called by the first of them; None where x is not what that one saw."""
+        if x.is_inference() or torch.compiler.is_compiling():  # what may have changed cannot be told
+            return None
         if n == 0:
-            h = kernels.shrunk(x, wide, segments)
-            self.kept = (row, x, x._version, h)
-            return h[..., :rank]
+            self.kept = (row, x, x._version, make())
+            return self.kept[3]
         kept = self.kept
         if n == len(self.sites) - 1:
             self.kept = None
         if kept is None or kept[0] is not row or kept[1] is not x or kept[2] != x._version:
-            return kernels.shrunk(x, down, segments)
-        return kept[3][..., n * rank : (n + 1) * rank]
+            return None
+        return kept[3]
 
 
 def siblings_of(sites: Sequence[Site], parents: Mapping[str, Any]) -> dict[Site, tuple[Siblings, int]]:
