@@ -130,14 +130,17 @@ def _said(gate: Any) -> dict[str, Any]:
 def train_gate(
     lora: Annotated[list[str], typer.Option("--lora", help="FILE_OR_LIBRARY_NAME, at least two; repeat")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the .safetensors file")],
-    kind: Annotated[str, typer.Option(help="mole")] = "mole",
+    kind: Annotated[str, typer.Option(help="mole, or token_switch of a language model")] = "mole",
     base: Annotated[
         str, typer.Option(help="'embedded', a folder of a pipeline or language model, or a hub id")
     ] = "embedded",
     data: Annotated[
         Path | None, typer.Option(help="pictures with captions, default none: LoRAs' own predictions; texts: .jsonl")
     ] = None,
-    per: Annotated[str, typer.Option(help="what shares a gate: linear, layer, block or network")] = "layer",
+    per: Annotated[
+        str | None, typer.Option(help="sharing a gate: linear, layer (default), block or network (of token_switch)")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="of token_switch: LoRAs that a token picks, default 2")] = None,
     token: Annotated[
         bool, typer.Option("--token", help="of pictures: a share per position, with --per linear")
     ] = False,
@@ -146,10 +149,12 @@ def train_gate(
         str, typer.Option(help="what the row sums to: one (the paper's), or count: the LoRAs' number")
     ] = "one",
     temperature: Annotated[float, typer.Option(help="of the softmax at first; it is learned")] = 1.0,
-    balance: Annotated[float, typer.Option(help="weight of the balancing loss")] = 0.5,
+    balance: Annotated[
+        float | None, typer.Option(help="weight of the balancing loss, default 0.5, of token_switch 0")
+    ] = None,
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 200,
-    batch: Annotated[int, typer.Option(help="examples in a step")] = 8,
-    lr: Annotated[float, typer.Option(help="learning rate")] = 3e-4,
+    batch: Annotated[int | None, typer.Option(help="examples in a step, default 8, of token_switch 16")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate, default 3e-4, of token_switch 1e-2")] = None,
     draws: Annotated[int, typer.Option(help="noise levels per picture or prompt")] = 8,
     length: Annotated[int, typer.Option(help="of texts, in tokens at most")] = 512,
     size: Annotated[int | None, typer.Option(help="side of the pictures, default the base's own")] = None,
@@ -172,8 +177,25 @@ def train_gate(
     arguments.check_folder(out.parent)
     if data is not None and not data.exists():
         raise ValueError(f"--data {str(data)!r}: there is no such file or folder")
-    from multilora.lab.train.gates import train as run
+    shared: dict[str, Any] = {
+        "per": per, "balance": balance, "batch": batch, "lr": lr, "data": data, "steps": steps, "length": length,
+        "seed": seed, "mixed_precision": mixed_precision, "checkpoint_every": checkpoint_every, "resume": resume,
+        "echo": note,
+    }  # fmt: skip
+    of_mole = {"token": True if token else None, "timestep": timestep, "sums": sums, "temperature": temperature,
+               "draws": draws, "size": size}  # fmt: skip
+    if kind == "token_switch":
+        plain = {"token": None, "timestep": True, "sums": "one", "temperature": 1.0, "draws": 8, "size": None}
+        _refuse(kind, [name for name, value in of_mole.items() if value != plain[name]])
+        from multilora.lab.train.token_switch import train as run
 
+        shared |= {"top_k": top_k}
+    else:
+        _refuse(kind, [] if top_k is None else ["top_k"])
+        from multilora.lab.train.gates import train as run
+
+        shared |= {"kind": kind, **of_mole}
+    shared = {name: value for name, value in shared.items() if value is not None}
     with bars() as start:
         advance = None
 
@@ -182,14 +204,14 @@ def train_gate(
             advance = advance or start("training", of)
             advance(step, f"loss {info['loss']:.4f}")
 
-        trained = run(
-            [one.source for one in wanted], base, out, data=data, kind=kind, per=per, token=True if token else None,
-            timestep=timestep, sums=sums, temperature=temperature, balance=balance, steps=steps, batch=batch, lr=lr,
-            draws=draws, length=length, size=size, seed=seed, mixed_precision=mixed_precision,
-            checkpoint_every=checkpoint_every, resume=resume, echo=note, progress=progress,
-        )  # fmt: skip
+        trained = run([one.source for one in wanted], base, out, progress=progress, **shared)
     if as_json:
         print_json({"path": str(trained.path), "steps": trained.steps, "gates": trained.modules,
                     "seconds": round(trained.seconds, 1)})  # fmt: skip
         return
     print(trained.path)
+
+
+def _refuse(kind: str, options: list[str]) -> None:
+    if options:
+        raise ValueError(f"--{options[0].replace('_', '-')}: a gate of kind {kind} has no such option")

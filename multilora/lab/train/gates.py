@@ -102,7 +102,7 @@ def train(
     """
     given = {k: v for k, v in locals().items() if k in _SETTINGS}
     out = Path(out).expanduser()
-    settings = _checked(given, out, len(loras))
+    settings = checked(given, out, len(loras))
     began, say = time.monotonic(), echo or (lambda line: None)
     if _is_text(base, data):
         job: Any = Texts(loras, base, tokenizer, data, settings)
@@ -126,8 +126,8 @@ def train(
             losses, _ = run.steps(resume, checkpoint_every, 0, (), progress, cancel, say)
         if accelerator.is_main_process:
             tensors = {name: t.detach().cpu().clone() for name, t in gate.tensors.items()}
-            recipe = _recipe(settings, job, base, losses)
-            write_gate(Gate(kind, named(job.loras), tensors, gate.settings(), recipe), out)
+            made = recipe_of(settings, job, base, losses)
+            write_gate(Gate(kind, named(job.loras), tensors, gate.settings(), made), out)
             run.checkpoint.unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     seconds = time.monotonic() - began
@@ -141,21 +141,22 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _checked(given: dict[str, Any], out: Path, count: int) -> dict[str, Any]:
-    """The settings in range, as JSON-able values."""
+def checked(given: dict[str, Any], out: Path, count: int, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+    """The settings in range, as JSON-able values. Raises ValueError naming one that is not."""
     s = dict(given)
     if out.suffix != ".safetensors":
         raise ValueError(f"out={str(out)!r}: a gate is a .safetensors file")
     if count < 2:
         raise ValueError(f"{count} LoRAs: a gate chooses among at least two")
-    for key, known in (("kind", KINDS), ("per", PER), ("sums", SUMS)):
-        if s[key] not in known:
+    for key, known in (("kind", kinds), ("per", PER), ("sums", SUMS)):
+        if key in s and s[key] not in known:
             raise unknown(key, s[key], known)
     limits = {"temperature": (1e-6, 1e6), "balance": (0, 1e4), "steps": (1, 10**7), "batch": (1, 4096),
               "accumulate": (1, 4096), "lr": (0, 1), "warmup": (0, 10**6), "weight_decay": (0, 10),
-              "draws": (1, 1000), "length": (2, 10**6), "size": (16, 8192)}  # fmt: skip
+              "draws": (1, 1000), "length": (2, 10**6), "size": (16, 8192), "top_k": (1, 10**4),
+              "explore": (0, 1)}  # fmt: skip
     for key, (low, high) in limits.items():
-        if s[key] is not None and not (low <= s[key] <= high and math.isfinite(s[key])):
+        if s.get(key) is not None and not (low <= s[key] <= high and math.isfinite(s[key])):
             raise ValueError(f"{key}={s[key]!r}: wanted {low} to {high}")
     return s
 
@@ -298,9 +299,14 @@ class _Listening:
         return torch.zeros(len(site.parts), dtype=layer.y.dtype, device=layer.y.device)
 
 
-def heads_of(bank: Bank, per: str, run: Callable[[Callable[..., None]], Any]) -> dict[str, tuple[str, int]]:
-    """Group -> (path, width) of the layer that its gate looks at: the first to run of those that most LoRAs have."""
-    listening = _Listening()
+def heads_of(
+    bank: Bank, per: str, run: Callable[[Callable[..., None]], Any], kind: str = ""
+) -> dict[str, tuple[str, int]]:
+    """Group -> (path, width) of the layer that its gate looks at: the first to run of those that most LoRAs have.
+
+    kind  "linear" and so on: layers of other kinds are no heads; width is that of the output
+    """
+    listening, kinds = _Listening(), {site.path: site.kind for site in bank.sites}
 
     def put(time: Tensor | None, mask: Tensor | None) -> None:
         bank.gate = Asked(listening)
@@ -310,6 +316,8 @@ def heads_of(bank: Bank, per: str, run: Callable[[Callable[..., None]], Any]) ->
     best: dict[str, tuple[int, str, int]] = {}
     for path, parts, width in listening.seen:
         group = group_of(path, per)
+        if kind and kinds[path] != kind:
+            continue
         if group not in best or parts > best[group][0]:
             best[group] = (parts, path, width)
     return {group: (path, width) for group, (_, path, width) in best.items()}
@@ -340,12 +348,14 @@ class GateRun(Steps):
         return loss + self.settings["balance"] * (balance_loss(asked[-1].shares, padded_out[-1]) - k * math.log(k))
 
 
-def _recipe(settings: dict[str, Any], job: Any, base: Any, losses: list[float]) -> dict[str, Any]:
+def recipe_of(
+    settings: dict[str, Any], job: Any, base: Any, losses: list[float], trainer: str = __name__
+) -> dict[str, Any]:
     """What the file says about its making."""
     last = losses[-20:]
     packages = ("torch", "diffusers", "transformers", "accelerate")
     return {
-        "trainer": "multilora.lab.train.gates",
+        "trainer": trainer,
         "base": str(base) if isinstance(base, (str, Path)) else type(job.model).__name__,
         "settings": settings,
         "learned_from": f"{len(job)} {job.what}",
