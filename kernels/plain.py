@@ -54,15 +54,3 @@ def rebuild_(
             torch.addmm(flat, left, right, out=out.view(flat.shape))
         else:
             out.copy_(torch.addmm(flat, left, right).view(out.shape))
-
-
-def guided_factors(outputs: Tensor, mix: Tensor, scale: float) -> Tensor:
-    """[k * 2] what each prediction counts in the guided mean, in float32 or wider."""
-    mix = mix.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
-    return torch.stack([mix * (1 - scale), mix * scale], 1).flatten()
-
-
-def guided_mean(outputs: Tensor, mix: Tensor, scale: float) -> Tensor:
-    factors = guided_factors(outputs, mix, scale)
-    flat = outputs.to(factors.dtype).flatten(0, 1).flatten(1)
-    return (factors @ flat).view(outputs.shape[2:]).to(outputs.dtype)

@@ -80,9 +80,3 @@ def rebuild(base: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     """base + (up * scale) @ down, summed in float64; one weight of `rebuild_` there."""
     delta = (up.double() * scale.double()) @ down.flatten(1).double()
     return (base.double() + delta.view(base.shape)).to(base.dtype)
-
-
-def guided_mean(outputs: Tensor, mix: Tensor, scale: float) -> Tensor:
-    """m[0] + scale * (m[1] - m[0]) of the mean m = sum_i mix[i] * outputs[i]; arguments as there."""
-    mean = sum(share.double() * output.double() for share, output in zip(mix, outputs, strict=True))
-    return (mean[0] + scale * (mean[1] - mean[0])).to(outputs.dtype)

@@ -21,8 +21,8 @@ from multilora.kernels.checks import check_index, check_layers, check_row, check
 from multilora.kernels.choice import IMPLEMENTATIONS, chosen
 
 __all__ = [
-    "IMPLEMENTATIONS", "add_by_index_", "add_expanded", "add_folded", "add_folded_conv", "columns", "guided_mean",
-    "rebuild_", "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_segments", "shrunk",
+    "IMPLEMENTATIONS", "add_by_index_", "add_expanded", "add_folded", "add_folded_conv", "columns", "rebuild_",
+    "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_segments", "shrunk",
 ]  # fmt: skip
 
 
@@ -357,29 +357,3 @@ def rebuild_(
         triton_rebuild.rebuild_(outs, bases, downs, ups, scales)
     else:
         plain.rebuild_(outs, bases, downs, ups, scales)
-
-
-def guided_mean(outputs: Tensor, mix: Tensor, scale: float, *, implementation: str | None = None) -> Tensor:
-    """The guided prediction of several passes: classifier-free guidance of their weighted mean.
-
-    Semantics: m = einsum("k,k...->...", mix, outputs); m[0] + scale * (m[1] - m[0])
-
-    outputs [k, 2, ...]  float; without and with the prompt, in this order
-    mix     [k]          the passes' shares
-    scale   guidance scale
-    returns [...]        dtype of outputs; summed in float32, or float64 where outputs are
-
-    Guidance is linear, so this equals the mean of the passes' guided predictions. Raises ValueError for other shapes.
-    """
-    if outputs.ndim < 2 or outputs.shape[1] != 2 or mix.shape != outputs.shape[:1]:
-        raise ValueError(
-            f"guided_mean: wanted outputs [k, 2, ...] and mix [k], got {list(outputs.shape)} and {list(mix.shape)}"
-        )
-    which = chosen(implementation, "guided_mean", outputs)
-    if which == "reference":
-        return reference.guided_mean(outputs, mix, scale)
-    if which == "triton":
-        from multilora.kernels import triton_mean
-
-        return triton_mean.guided_mean(outputs, mix, scale)
-    return plain.guided_mean(outputs, mix, scale)

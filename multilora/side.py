@@ -252,7 +252,8 @@ class Branch:
     def add(self, x: Tensor, y: Tensor, kernel: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """kernel(y, x, *arguments), in place where nobody else can see y."""
         m = self.site.module
-        if x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type):
+        # Autocast does not know the meta device.
+        if x.dtype == y.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             # The output of these is a new tensor; a foreign module may keep its own, another hook may have kept it.
             fresh = type(m) in (nn.Linear, *_CONVS) and len(m._forward_hooks) == 1
             tracked = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)

@@ -122,24 +122,6 @@ def test_rebuilding_many_weights_equals_the_sum_in_float64_rounded_once(dtype, i
         torch.testing.assert_close(out.double(), want, rtol=relative, atol=absolute)
 
 
-@pytest.mark.parametrize("implementation", PLAIN)
-@pytest.mark.parametrize("k", [1, 5])
-def test_the_guided_mean_equals_guidance_of_the_mean(k, implementation):
-    outputs, mix = _random(k, 2, 3, 4, 5), _random(k, seed=1)
-    mean = sum(mix[i] * outputs[i] for i in range(k))
-    want = mean[0] + 7.5 * (mean[1] - mean[0])
-    got = kernels.guided_mean(outputs, mix, 7.5, implementation=implementation)
-    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-    half = kernels.guided_mean(outputs.half(), mix, 7.5, implementation=implementation)
-    assert half.dtype == torch.float16
-    torch.testing.assert_close(half.double(), want, rtol=2e-2, atol=2e-2)
-
-
-def test_gradients_of_the_guided_mean():
-    inputs = (_random(3, 2, 4).requires_grad_(), _random(3, seed=1).requires_grad_())
-    assert torch.autograd.gradcheck(lambda o, m: kernels.guided_mean(o, m, 3.0), inputs)
-
-
 X, DOWN, UP = torch.ones(4, 9), torch.ones(2, 3, 9), torch.ones(2, 7, 3)
 TWO = torch.ones(4, 2)
 BASE = torch.ones(7, 9)
@@ -154,7 +136,6 @@ BASE = torch.ones(7, 9)
         (lambda: kernels.routed_by_index(X[:, :5], DOWN, UP, TWO.long(), TWO), r"x \[4, 5\] has another width"),
         (lambda: kernels.add_by_index_(X, X, DOWN, UP, TWO.long(), TWO), r"y \[4, 9\], wanted contiguous \[4, 7\]"),
         (lambda: kernels.routed_segments(X[:3], DOWN, UP), r"x \[3, 9\] does not fall into 2 equal segments"),
-        (lambda: kernels.guided_mean(X, X[:, 0], 2.0), r"wanted outputs \[k, 2, ...\] .* got \[4, 9\]"),
         (lambda: kernels.rebuild_([BASE], [BASE], [DOWN[0]], [UP[0]], [X[0]]), r"layer 0 .* and scale \[9\]"),
         (lambda: kernels.rebuild_([BASE.half()], [BASE], [DOWN[0]], [UP[0]], [X[0, :3]]), "out 0 is torch.float16"),
         (lambda: kernels.rebuild_([BASE], [BASE], [], [], []), "1 outs for 1 bases, 0 downs"),

@@ -7,11 +7,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from multilora.kernels import triton_index, triton_mean, triton_rebuild, triton_segments
+from multilora.kernels import triton_index, triton_rebuild, triton_segments
 from multilora.kernels.triton_shared import TYPES, accumulator
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-FLOATS = {"y", "x", "down", "up", "scale", "weight", "outputs"}  # pointers to the tensors' own type
+FLOATS = {"y", "x", "down", "up", "scale", "weight"}  # pointers to the tensors' own type
 
 
 def kernels(dtype):
@@ -24,7 +24,6 @@ def kernels(dtype):
     yield triton_index._expand, {"ADD": True, "WIDE": wide, "BO": 64, "BR": 16}
     kinds = {"KIND": TYPES[dtype], "FACTORS": TYPES[dtype], "SCALES": TYPES[dtype], "WIDE": wide}
     yield triton_rebuild._rebuild, {**kinds, "COUNT": triton_rebuild.COLUMNS, "TILE": triton_rebuild.TILE, "BR": 32}
-    yield triton_mean._mean, {"WIDE": wide, "BLOCK": triton_mean.BLOCK}
 
 
 def signature(kernel, constants, dtype):
@@ -32,7 +31,7 @@ def signature(kernel, constants, dtype):
     for name in kernel.arg_names:
         if name in constants:
             found[name] = "constexpr"
-        elif name in ("h", "factors"):
+        elif name == "h":
             found[name] = "*fp64" if dtype == torch.float64 else "*fp32"
         elif name in FLOATS:
             found[name] = f"*{NAMES[dtype]}"

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from multilora.kernels import choice, triton_index, triton_mean, triton_segments
+from multilora.kernels import choice, triton_index, triton_segments
 from multilora.kernels import routed as kernels
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -123,14 +123,6 @@ def test_rebuilding_many_weights(dtype):
         torch.testing.assert_close(out.double(), want, rtol=ulp, atol=absolute)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 5])
-def test_the_guided_mean(dtype, k):
-    outputs, mix = _random(k, 2, 3, 5, 7, 11, dtype=dtype), _random(k, seed=1)
-    mean = sum(mix[i] * outputs[i].double() for i in range(k))
-    close(kernels.guided_mean(outputs, mix, 7.3, implementation="triton"), mean[0] + 7.3 * (mean[1] - mean[0]))
-
-
 def _inputs():
     """op -> its arguments in float64, small, floats to be differentiated."""
     x, down, up = _random(2, 3, 5), _random(2, 4, 5, seed=1), _random(2, 6, 4, seed=2)
@@ -141,7 +133,6 @@ def _inputs():
         "gated": (triton_segments.segments, (x, down, up, _random(2, 3, 4, seed=5))),
         "by_index": (triton_index.by_index, (x[0], *bank, index, _random(3, 3, seed=6))),
         "by_index shared": (triton_index.by_index, (x[0], *bank, index[0], _random(3, seed=6))),
-        "guided_mean": (triton_mean.guided_mean, (_random(3, 2, 4, seed=7), _random(3, seed=8), 2.5)),
     }
 
 
