@@ -52,7 +52,8 @@ def show(
     known = read_gate(gate)
     out = out or Path(f"{Path(known.source).stem}_map.png")
     arguments.check_picture(out, force)
-    wanted = [arguments.read_lora(text) for text in lora or []] or _of_the_library(known)
+    text = _is_text(base, known)
+    wanted = [arguments.read_lora(text) for text in lora or []] or _own(gate, known, text)
     weights = [1.0 if one.weight is None else one.weight for one in wanted]
 
     from multilora.lab.gate_map import draw_map
@@ -61,13 +62,13 @@ def show(
 
     bound = resolve("route", known.kind, gate=gate, **({"mask": mask} if mask else {}))
     settings = {"seed": seed, "steps": steps, "tokens": tokens}
-    found, text = _found(base, wanted, weights, bound, prompt, settings)
-    words = f"{known.kind}, a gate per {known.settings.get('per', 'layer')}: {text}"
+    found, prompt = _found(base, text, wanted, weights, bound, prompt, settings)
+    words = f"{known.kind}, a gate per {known.settings.get('per', 'layer')}: {prompt}"
     save_png(draw_map(found, title=Path(known.source).stem, subtitle=words), out)
     mean = found.shares.nanmean((0, 1)).tolist()
     if as_json:
         shares = dict(zip(found.names, mean, strict=True))
-        print_json({**_said(known), "prompt": text, "map": str(out), "shares": shares, "strongest": found.strongest,
+        print_json({**_said(known), "prompt": prompt, "map": str(out), "shares": shares, "strongest": found.strongest,
                     "sharpest": found.sharpest})  # fmt: skip
         return
     for name, share in zip(found.names, mean, strict=True):
@@ -75,13 +76,22 @@ def show(
     print(out)
 
 
-def _found(base: str, wanted: Any, weights: list[Any], bound: Any, prompt: str | None, s: dict[str, int]) -> Any:
+def _is_text(base: str, gate: Any) -> bool:
+    """Whether a base is a language model; "embedded" is the one that the gate learned on."""
+    if base == "embedded":
+        return str(gate.recipe.get("learned_from", "")).endswith(" examples")
+    folder = Path(base).expanduser()
+    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+
+
+def _found(
+    base: str, text: bool, wanted: Any, weights: list[Any], bound: Any, prompt: str | None, s: dict[str, int]
+) -> Any:
     """(the map, the prompt)"""
     from multilora.lab.gate_map import map_of_picture, map_of_text
 
-    folder = Path(base).expanduser()
     names = [one.name for one in wanted]
-    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+    if text:
         from multilora.pipelines.text_load import load_text, text_lora
 
         if prompt is None:
@@ -107,11 +117,22 @@ def _found(base: str, wanted: Any, weights: list[Any], bound: Any, prompt: str |
     return found, prompt
 
 
-def _of_the_library(gate: Any) -> list[arguments.LoraArgument]:
-    """The gate's LoRAs among the embedded ones. Raises ValueError naming one that is not there."""
-    from multilora.pipelines.load import library
+def _own(file: str, gate: Any, text: bool) -> list[arguments.LoraArgument]:
+    """The gate's LoRAs: its experts beside it, or embedded ones. Raises ValueError naming one that is neither."""
+    import hashlib
 
-    names = {entry["sha256"]: name for name, entry in library().items()}
+    from multilora.gate_loramoe import experts_of
+    from multilora.gates import find_gate
+    from multilora.pipelines.load import library
+    from multilora.pipelines.text_load import text_library
+
+    if beside := experts_of(find_gate(file)):
+        return [arguments.LoraArgument(str(path)) for path in beside]
+    if text:
+        held = {name: folder / "adapter_model.safetensors" for name, folder in text_library().items()}
+        names = {hashlib.sha256(path.read_bytes()).hexdigest(): name for name, path in held.items()}
+    else:
+        names = {entry["sha256"]: name for name, entry in library().items()}
     missing = [lora["name"] for lora in gate.loras if lora["sha256"] not in names]
     if missing:
         raise ValueError(f"gate {gate.source}: LoRA {missing[0]!r} is not in the library; give --lora, its file")
@@ -121,16 +142,18 @@ def _of_the_library(gate: Any) -> list[arguments.LoraArgument]:
 def _said(gate: Any) -> dict[str, Any]:
     """A gate's card as JSON."""
     count = sum(t.numel() for t in gate.tensors.values())
-    kept = {k: v for k, v in gate.settings.items() if k != "heads"}
+    kept = {k: v for k, v in gate.settings.items() if k not in ("heads", "widths")}
     about = {"kind": gate.kind, "loras": [dict(lora) for lora in gate.loras], "sha256": gate.sha256}
     return {**about, "parameters": count, "per": "", **kept, "recipe": dict(gate.recipe)}
 
 
 @train.command("gate")
 def train_gate(
-    lora: Annotated[list[str], typer.Option("--lora", help="FILE_OR_LIBRARY_NAME, at least two; repeat")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the .safetensors file")],
-    kind: Annotated[str, typer.Option(help="mole, or token_switch of a language model")] = "mole",
+    out: Annotated[Path, typer.Option("--out", "-o", help="the .safetensors file; loramoe's experts come beside it")],
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="FILE_OR_LIBRARY_NAME, at least two; repeat. None of loramoe")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="mole; token_switch or loramoe of a language model")] = "mole",
     base: Annotated[
         str, typer.Option(help="'embedded', a folder of a pipeline or language model, or a hub id")
     ] = "embedded",
@@ -139,6 +162,14 @@ def train_gate(
     ] = None,
     per: Annotated[
         str | None, typer.Option(help="sharing a gate: linear, layer (default), block or network (of token_switch)")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="of loramoe: their number, default 6")] = None,
+    rank: Annotated[int | None, typer.Option(help="of loramoe: of each expert, default 4")] = None,
+    modules: Annotated[
+        str | None, typer.Option(help="of loramoe: all, attention, feed_forward (default), or path endings, by comma")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="of loramoe: of the balancing constraint, default 0.1; negative turns it")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="of token_switch: LoRAs that a token picks, default 2")] = None,
     token: Annotated[
@@ -149,12 +180,10 @@ def train_gate(
         str, typer.Option(help="what the row sums to: one (the paper's), or count: the LoRAs' number")
     ] = "one",
     temperature: Annotated[float, typer.Option(help="of the softmax at first; it is learned")] = 1.0,
-    balance: Annotated[
-        float | None, typer.Option(help="weight of the balancing loss, default 0.5, of token_switch 0")
-    ] = None,
+    balance: Annotated[float | None, typer.Option(help="weight of the balancing loss, default 0.5, else 0")] = None,
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 200,
-    batch: Annotated[int | None, typer.Option(help="examples in a step, default 8, of token_switch 16")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate, default 3e-4, of token_switch 1e-2")] = None,
+    batch: Annotated[int | None, typer.Option(help="examples in a step, default 8, else 16")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate, default 3e-4, token_switch 1e-2")] = None,
     draws: Annotated[int, typer.Option(help="noise levels per picture or prompt")] = 8,
     length: Annotated[int, typer.Option(help="of texts, in tokens at most")] = 512,
     size: Annotated[int | None, typer.Option(help="side of the pictures, default the base's own")] = None,
@@ -165,8 +194,8 @@ def train_gate(
     force: Annotated[bool, typer.Option("--force", help="replace what is at --out")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Train a gate for frozen LoRAs; run again to go on where it stopped."""
-    wanted = [arguments.read_lora(text) for text in lora]
+    """Train a gate for frozen LoRAs, or with its experts (loramoe); run again to go on where it stopped."""
+    wanted = [arguments.read_lora(text) for text in lora or []]
     for one in wanted:
         if one.weight is not None or one.name is not None:
             raise ValueError(f"--lora {one.source}: a gate finds the weights; give the file or library name alone")
@@ -177,6 +206,8 @@ def train_gate(
     arguments.check_folder(out.parent)
     if data is not None and not data.exists():
         raise ValueError(f"--data {str(data)!r}: there is no such file or folder")
+    from multilora.gate_loramoe import experts_folder
+
     shared: dict[str, Any] = {
         "per": per, "balance": balance, "batch": batch, "lr": lr, "data": data, "steps": steps, "length": length,
         "seed": seed, "mixed_precision": mixed_precision, "checkpoint_every": checkpoint_every, "resume": resume,
@@ -184,9 +215,23 @@ def train_gate(
     }  # fmt: skip
     of_mole = {"token": True if token else None, "timestep": timestep, "sums": sums, "temperature": temperature,
                "draws": draws, "size": size}  # fmt: skip
-    if kind == "token_switch":
+    of_loramoe = {"experts": experts, "rank": rank, "modules": _modules(modules), "delta": delta}
+    if kind != "loramoe":
+        _refuse(kind, [name for name, value in of_loramoe.items() if value is not None])
+    if kind in ("token_switch", "loramoe"):
         plain = {"token": None, "timestep": True, "sums": "one", "temperature": 1.0, "draws": 8, "size": None}
         _refuse(kind, [name for name, value in of_mole.items() if value != plain[name]])
+    if kind == "loramoe":
+        of_others = {"lora": lora, "per": per, "top_k": top_k}
+        _refuse(kind, [name for name, value in of_others.items() if value is not None])
+        if data is None:
+            raise ValueError("--data is missing: loramoe learns from prompts and completions (.jsonl)")
+        if experts_folder(out).exists() and not force:
+            raise ValueError(f"{str(experts_folder(out))!r} exists already; --force replaces its experts")
+        from multilora.lab.train.loramoe import train as run
+
+        shared |= of_loramoe
+    elif kind == "token_switch":
         from multilora.lab.train.token_switch import train as run
 
         shared |= {"top_k": top_k}
@@ -204,12 +249,18 @@ def train_gate(
             advance = advance or start("training", of)
             advance(step, f"loss {info['loss']:.4f}")
 
-        trained = run([one.source for one in wanted], base, out, progress=progress, **shared)
+        first = shared.pop("data") if kind == "loramoe" else [one.source for one in wanted]
+        trained = run(first, base, out, progress=progress, **shared)
     if as_json:
         print_json({"path": str(trained.path), "steps": trained.steps, "gates": trained.modules,
                     "seconds": round(trained.seconds, 1)})  # fmt: skip
         return
     print(trained.path)
+
+
+def _modules(text: str | None) -> Any:
+    """A group's name as it is, path endings as a list."""
+    return [part.strip() for part in text.split(",")] if text and "," in text else text
 
 
 def _refuse(kind: str, options: list[str]) -> None:

@@ -25,11 +25,15 @@ NOT_TEXTS = "metadata.jsonl"  # lists the captions of a folder of pictures
 
 @dataclass(frozen=True)
 class TextExample:
-    """One example: what is given and what is to be said; `prompt` None for a plain text. where: file and line."""
+    """One example: what is given and what is to be said; `prompt` None for a plain text. where: file and line.
+
+    type: what kind of sample it is, for trainers that ask; "" where the data do not say.
+    """
 
     prompt: str | None
     completion: str
     where: str
+    type: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ def _example(entry: Any, where: str, problems: list[str]) -> TextExample | None:
     if pair and "text" in entry:
         problems.append(f"{where}: both a 'prompt' and a 'text', {wanted}")
         return None
-    return TextExample(entry["prompt"] if pair else None, entry["completion"] if pair else entry["text"], where)
+    completion = entry["completion"] if pair else entry["text"]
+    return TextExample(entry["prompt"] if pair else None, completion, where, str(entry.get("type", "")))
 
 
 def digest(examples: Sequence[TextExample]) -> str:
