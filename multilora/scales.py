@@ -57,7 +57,9 @@ class Scales:
     def _checked(self, fields: dict[str, Any], where: str) -> dict[str, Any]:
         kind = str(fields.get("peft_type", "LORA")).rpartition(".")[2]
         if kind not in KINDS:
-            raise ValueError(f"{self.source}: {where} says peft_type={shown(kind)}, read here are {', '.join(KINDS)}")
+            more = "; run it with multilora.pipelines.xlora.load_xlora" if kind == "XLORA" else ""
+            known = ", ".join(KINDS)
+            raise ValueError(f"{self.source}: {where} says peft_type={shown(kind)}, read here are {known}{more}")
         for name, other in _OTHER_PEFT.items():
             if fields.get(name):
                 raise ValueError(f"{self.source}: {where} sets {name}: this is {other}, which is not read here")
