@@ -77,7 +77,7 @@ def test_every_control_is_in_the_recipe(service, session):
         True,
     )
     assert (poncho.weight, poncho.reference) == (-0.75, "dotta")
-    assert recipe.options == {"every": 3, "schedule": "paper", "compensate": False}
+    assert recipe.options == {"every": 3, "schedule": "paper", "compensate": 0.0}
     said = (recipe.prompt, recipe.negative_prompt, recipe.method, recipe.seed, recipe.steps, recipe.guidance_scale)
     assert said == ("a fox", "rain", "switch", 12, 5, 2.5)
     assert (recipe.width, recipe.height, recipe.scheduler, recipe.base) == (8, 8, "DDIMScheduler", "embedded")

@@ -76,9 +76,16 @@ def look() -> dict[str, Any]:
     return {"theme": theme, "css_paths": [STYLE]}
 
 
-def launch(service: Service, **options: Any) -> None:
-    """Serve the app until the process is interrupted; options are gradio's `launch`'s."""
+def launch(service: Service, **options: Any) -> tuple[gr.Blocks, str]:
+    """Serve the app until the process is interrupted; options are gradio's `launch`'s.
+
+    With prevent_thread_lock=True it returns at once: the app, to be closed, and its address.
+    """
     app = build(service)
-    app.queue(default_concurrency_limit=service.limits.waiting + len(service.workers))
+    # The service has the line. Gradio must hold nobody back, or whoever is to be refused waits to hear it: each job
+    # that waits or runs keeps one of its threads, and there are more for those who only ask.
+    app.queue(default_concurrency_limit=None)
+    threads = 2 * (service.limits.waiting + len(service.workers)) + 40
     # _frontend: gradio asks its own page once, and gives up on a machine that takes 3 s to answer.
-    app.launch(**{**look(), "_frontend": False, **options})
+    _, address, _ = app.launch(**{**look(), "_frontend": False, "max_threads": threads, **options})
+    return app, address

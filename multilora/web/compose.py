@@ -209,9 +209,8 @@ def page(shell: Shell) -> None:
     def run(start: Any, tab: str, draw_it: Any, *own: Any) -> None:
         """Three events, as gradio makes every output of an event anew with each thing that the event yields: what
         changes at every step has an event with few outputs."""
-        opened_tab = {tabs: gr.Tabs(selected=tab)}
-        began = start(lambda: {**begin(), **opened_tab}, None, [*buttons, remarks, state, tabs], trigger_mode="once",
-                      queue=False, **private)  # fmt: skip
+        began = start(lambda: {**begin(), tabs: gr.update(selected=tab)}, None, [*buttons, remarks, state, tabs],
+                      trigger_mode="once", queue=False, **private)  # fmt: skip
         drawing = began.then(draw_it, inputs, [result.picture, result.name, state, remarks, *own], **private)
         drawing.failure(mistaken, None, [state, *buttons], queue=False, **private)
         drawing.success(end, result.name, [*result.around, past, *buttons], queue=False, **private)

@@ -51,7 +51,7 @@ def page(shell: Shell) -> None:
                 stop = gr.Button("Stop, keep the best")
         with gr.Column(scale=7, min_width=320):
             state = gr.HTML(apply_default_css=False)
-            chart = gr.Image(label="Curve", format="png", interactive=False, visible=False,
+            chart = gr.Image(label="Curve", show_label=False, format="png", interactive=False, visible=False,
                              buttons=["download", "fullscreen"])  # fmt: skip
             found = gr.HTML(apply_default_css=False)
             use = gr.Button("Use these weights in Compose", variant="primary", interactive=False)

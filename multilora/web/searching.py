@@ -56,7 +56,7 @@ def curve(folder: Path | None, names: Sequence[str]) -> Image.Image | None:
     if not trials:
         return None
     names = names if len(names) == len(trials[0].weights) else [f"LoRA {i + 1}" for i in range(len(trials[0].weights))]
-    return draw_search(names, trials, title="Weights tried", subtitle=f"{len(trials)} candidates")
+    return draw_search(names, trials, title="Weights tried", subtitle=f"candidates: {len(trials)}")
 
 
 def best(folder: Path | None) -> list[float]:

@@ -1,7 +1,8 @@
 """What stands between the network and gradio: logins with a brake, and a middleware for what gradio leaves open.
 
 Gradio 6.31 answers /cancel and /reset without a login, takes any number of wrong passwords, reads request bodies of
-any size, has no quota of uploads, and hands an upload to whoever knows its path. The middleware closes these.
+any size, has no quota of uploads, hands an upload to whoever knows its path, lets programs call a page's own events by
+name, and answers many a request that it cannot read with status 500. The middleware closes these.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import secrets
 import threading
 import time
+import traceback
 import urllib.parse
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from multilora.web.service.limits import Limits
+from multilora.web.service.log import LOGGER
 
 BODY_BYTES = 8 * 2**20  # of a request that is no upload; pictures and LoRAs are uploaded
 REMEMBERED = 10_000  # addresses, names, session hashes and uploaded paths, oldest forgotten first
@@ -127,7 +130,27 @@ class Guard:
             asked = path.partition("/file=")[2] or path.removeprefix("/file/")
             if not self._may(asked, owner) or not self._may(urllib.parse.unquote(asked), owner):
                 return await _answer(send, 403, "This file belongs to someone else.")
-        await self.app(scope, receive, self._sending(send, path, method, owner, cookie))
+        if self._unlisted(scope, path):
+            return await _answer(send, 404, "There is no such endpoint.")
+        sending = self._sending(send, path, method, owner, cookie)
+        try:
+            await self.app(scope, receive, sending)
+        except Exception as error:  # gradio fails on many requests that it cannot read, where 4xx is the answer
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            said = {"event": "unreadable", "method": method, "path": path[:80], "at": f"{at.filename}:{at.lineno}"}
+            LOGGER.warning(json.dumps({**said, "error": f"{type(error).__name__}: {str(error)[:200]}"}))
+            await sending.end()
+
+    @staticmethod
+    def _unlisted(scope: dict, path: str) -> bool:
+        """Whether a path names a function that programs may not call: a page's own event, or one that is not there.
+
+        Pages call those by number; `predict` is their name for that."""
+        found = re.fullmatch(r"/(run|api|call|call/v2)/([^/]+)", path)
+        if found is None or (found[2] == "predict" and found[1] in ("run", "api")):
+            return False
+        functions = scope["app"].get_blocks().fns.values()
+        return not any(f.api_name == found[2] and f.api_visibility != "private" for f in functions)
 
     def _owner(self, scope: dict) -> tuple[str, str]:
         """(owner, a new cookie to set or "")."""
@@ -206,26 +229,12 @@ class Guard:
         _bounded(seen)
         return False
 
-    def _sending(self, send: Any, path: str, method: str, owner: str, cookie: str) -> Any:
-        body = b""
+    def _sending(self, send: Any, path: str, method: str, owner: str, cookie: str) -> Sending:
         mine = owner or (f"visitor:{cookie}" if cookie else "")
-
-        async def sending(message: dict) -> None:
-            nonlocal body
-            if message["type"] == "http.response.start":
-                headers = [*message.get("headers", []), (b"x-content-type-options", b"nosniff"),
-                           (b"referrer-policy", b"same-origin")]  # fmt: skip
-                if cookie:
-                    text = f"multilora-visitor={cookie}; Path=/; HttpOnly; SameSite=Lax"
-                    headers.append((b"set-cookie", text.encode()))
-                message = {**message, "headers": headers}
-            elif path == "/upload" and method == "POST" and mine:
-                body += message.get("body", b"")
-                if not message.get("more_body", False):
-                    self._uploaded(body, mine)
-            await send(message)
-
-        return sending
+        uploads = path == "/upload" and method == "POST" and mine
+        # Called without the queue, a function that refuses its values is for gradio a mistake of the server's.
+        refused = 422 if method == "POST" and path.startswith(("/run/", "/api/")) else 500
+        return Sending(send, cookie, refused, (lambda body: self._uploaded(body, mine)) if uploads else None)
 
     def _uploaded(self, body: bytes, owner: str) -> None:
         try:
@@ -237,6 +246,46 @@ class Guard:
                 # Equal content has one path; whoever uploads it has it already, so each of them may.
                 self._paths.setdefault(os.path.normpath(path), set()).add(owner)
         _bounded(self._paths)
+
+
+class Sending:
+    """The send function of one request: adds headers and the cookie, and gives the whole body to `told`.
+
+    refused  what stands for gradio's status 500
+    """
+
+    def __init__(self, send: Any, cookie: str, refused: int, told: Callable[[bytes], None] | None):
+        self._send, self._cookie, self._refused, self._told = send, cookie, refused, told
+        self._body, self._state = b"", "new"
+
+    async def __call__(self, message: dict) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", []), (b"x-content-type-options", b"nosniff"),
+                       (b"referrer-policy", b"same-origin")]  # fmt: skip
+            if self._cookie:
+                text = f"multilora-visitor={self._cookie}; Path=/; HttpOnly; SameSite=Lax"
+                headers.append((b"set-cookie", text.encode()))
+            status = self._refused if message["status"] == 500 else message["status"]
+            message = {**message, "headers": headers, "status": status}
+            self._state = "sized" if any(name.lower() == b"content-length" for name, _ in headers) else "open"
+        elif message["type"] == "http.response.body":
+            if self._told is not None:
+                self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                self._state = "ended"
+                if self._told is not None:
+                    self._told(self._body)
+        await self._send(message)
+
+    async def end(self) -> None:
+        """End it after an error in the app: by a refusal, or where the stream is. A body that has a length and is
+        not all there cannot be ended well: then RuntimeError, upon which the server hangs up."""
+        if self._state == "new":
+            await _answer(self._send, 400, "This request cannot be read.")
+        elif self._state == "open":
+            await self._send({"type": "http.response.body", "body": b""})
+        elif self._state == "sized":
+            raise RuntimeError("an answer was broken off")
 
 
 def launch_options(
