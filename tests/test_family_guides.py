@@ -24,6 +24,7 @@ ELSEWHERE = {"merging": "tests/test_guide.py", "guider": "tests/test_guider_guid
 OTHERS = sorted(
     p.stem for p in DOCS.glob("*.md") if p.stem not in ELSEWHERE and re.search(r"^```python$", p.read_text(), re.M)
 )
+OTHERS.append("guides/real_models")  # the other guides run on the embedded models: tests/test_docs.py
 # Hub id -> (small pipeline, its name in tests/tiny_tasks.py)
 BASES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (tiny.sd15, "sd15"),

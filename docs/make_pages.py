@@ -1,0 +1,178 @@
+"""Tables and figures in README.md and docs/ideas, from the records and from stored results: python docs/make_pages.py
+
+    python docs/make_pages.py --evaluation FOLDER    # first keep the tables of a finished `multilora eval`
+
+What lies between `<!-- NAME: start -->` and `<!-- NAME: end -->` is made here; tests/test_docs_made.py compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from multilora.lab.evaluate.statistics import wilson
+from multilora.lab.world.tables import share
+from multilora.method import methods
+
+ROOT = Path(__file__).resolve().parents[1]
+README, IDEAS = ROOT / "README.md", ROOT / "docs" / "ideas"
+KEPT = ROOT / "docs" / "world" / "evaluation"  # cells.csv, costs.csv and about.json of the evaluation shown
+KS = (2, 3, 4, 5)
+# method -> when to use it; a method that is not here is found by `multilora methods`
+WHEN = {
+    "merge": "always first; also the fastest",
+    "sum_of_differences": "the LoRAs spoil each other in a Merge and the time is there",
+    "switch": "Merge smears two subjects into one, and the LoRAs are strong: raise their weights",
+    "composite": "a clean blend matters more than strength: raise the weights",
+    "weighted_switch": "as Switch, where the prompt says much of one LoRA and little of another",
+    "weighted_composite": "as Composite, likewise",
+    "mole": "one set of LoRAs is used again and again, so that training a gate pays",
+    "arrow": "many LoRAs and nothing known about which fits where",
+}
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    reader.add_argument("--evaluation", type=Path, help="folder of a finished `multilora eval`")
+    given = reader.parse_args()
+    if given.evaluation is not None:
+        keep(given.evaluation)
+    for path in pages():
+        path.write_text(made(path), encoding="utf-8")
+        print(path)
+
+
+def keep(folder: Path) -> None:
+    """Copy an evaluation's cells and costs. Raises ValueError when it has no tables yet."""
+    tables = folder / "tables"
+    if not (tables / "cells.csv").is_file():
+        raise ValueError(f"{folder}: no tables/cells.csv in it; let `multilora eval --out {folder}` end first")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for name in ("cells.csv", "costs.csv"):
+        shutil.copyfile(tables / name, KEPT / name)
+
+
+def pages() -> list[Path]:
+    return [README, *sorted(IDEAS.glob("*.md"))]
+
+
+def made(path: Path) -> str:
+    """A page's text with its blocks made anew. Raises ValueError for a block without an end, or that nothing makes."""
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"^<!-- (\w+): start -->$", text, re.M):
+        start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+        head, _, rest = text.partition(start)
+        _, ended, tail = rest.partition(end)
+        if not ended or name not in BLOCKS:
+            raise ValueError(f"{path}: {start}: wanted the line {end}, and one of {', '.join(BLOCKS)}")
+        text = f"{head}{start}\n{BLOCKS[name]()}\n{end}{tail}"
+    return text
+
+
+def methods_table() -> str:
+    rows = ["| method | what it does | model runs per step | use it when |", "|---|---|---|---|"]
+    records = methods("route")
+    for name, when in WHEN.items():
+        record = records[name]
+        label = f"[`{name}`]({record.paper})" if "://" in record.paper else f"`{name}`"
+        rows.append(f"| {label} | {record.title} | {record.cost} | {when} |")
+    return "\n".join(rows)
+
+
+def alone() -> str:
+    """How often each embedded LoRA shows its element, and the same prompts without it."""
+    found = [e for e in report() if e["key"].startswith("alone/")]
+    told = []
+    for on in (True, False):
+        mine = [e for e in found if e["on"] == on]
+        told.append(share(sum(e["found"] for e in mine), sum(e["asked"] for e in mine)))
+    count = len({e["name"] for e in found})
+    return (
+        f"{count} LoRAs, each alone at weight 1: its element is there in {told[0]} pictures; the same prompts without "
+        f"it: {told[1]}."
+    )
+
+
+def verdicts(*names: str) -> str:
+    """What `multilora reproduce` says of experiments, one after the other."""
+    from multilora.lab.reproduce.page import experiment, verdict_line
+    from multilora.lab.world.report import Journal
+
+    journal = Journal(ROOT / "docs" / "text" / "report.jsonl")
+    told = []
+    for one in map(experiment, names):
+        anchor = re.sub(r"[^\w -]", "", one.title.lower()).replace(" ", "-")
+        told.append(f"[{one.title}](../text.md#{anchor}). The claim: {one.claim}.\n\n{verdict_line(one, journal)}")
+    return "\n\n".join(told)
+
+
+def leaderboard() -> str:
+    """Elements seen and complete pictures by method and k, best first."""
+    found = evaluated() if (KEPT / "cells.csv").is_file() else reported()
+    order = sorted(found, key=lambda name: -sum(cell[0] for cell in found[name].values()) / len(found[name]))
+    rows = [f"| method | {' | '.join(f'k = {k}' for k in KS)} |", f"|---|{'---|' * len(KS)}"]
+    rows += [f"| {name} | {' | '.join(_said(found[name][k]) for k in KS)} |" for name in order]
+    return "\n".join(rows)
+
+
+Cell = tuple[float, float, float, float, int]  # share seen, its interval, share of complete pictures, pictures
+
+
+def _said(cell: Cell) -> str:
+    seen, low, high, complete, n = cell
+    return f"{seen:.2f} ({low:.2f} to {high:.2f}), {complete:.2f}, n {n}"
+
+
+def evaluated() -> dict[str, dict[int, Cell]]:
+    """From the kept tables of `multilora eval`."""
+    rows = list(csv.DictReader((KEPT / "cells.csv").read_text(encoding="utf-8").splitlines()))
+    by = {(row["measure"], row["method"], row["k"]): row for row in rows}
+    found: dict[str, dict[int, Cell]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        for k in KS:
+            seen, whole = by["presence", method, str(k)], by["complete", method, str(k)]
+            numbers = (float(seen["value"]), float(seen["low"]), float(seen["high"]), float(whole["value"]))
+            found.setdefault(method, {})[k] = (*numbers, int(seen["pictures"]))
+    return found
+
+
+def reported() -> dict[str, dict[int, Cell]]:
+    """From docs/world/report.jsonl, as assets/README.md has it."""
+    entries = [e for e in report() if e["key"].startswith("composition/")]
+    found: dict[str, dict[int, Cell]] = {}
+    for name in dict.fromkeys(e["cell"] for e in entries):
+        for k in KS:
+            mine = [e for e in entries if (e["cell"], e["k"]) == (name, k)]
+            seen, asked, whole, n = (sum(e[key] for e in mine) for key in ("found", "asked", "complete", "pictures"))
+            found.setdefault(name, {})[k] = (seen / asked, *wilson(seen, asked), whole / n, n)
+    return found
+
+
+def report() -> list[dict[str, Any]]:
+    """The lines of the embedded world's own report."""
+    lines = (ROOT / "docs" / "world" / "report.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# name of a block -> what makes it
+BLOCKS = {
+    "methods": methods_table,
+    "leaderboard": leaderboard,
+    "alone": alone,
+    "pem": partial(verdicts, "addition", "negation", "analogy"),
+    "few_shot": partial(verdicts, "few_shot"),
+    "lorahub": partial(verdicts, "lorahub_text"),
+    "fisher": partial(verdicts, "fisher_text"),
+}
+
+if __name__ == "__main__":
+    main()
