@@ -43,7 +43,7 @@ def sum_of_differences(
     ValueError for a strength that is no schedule and for the name of no LoRA of the set.
     """
     k = len(loras)
-    factors = _factors(loras, strengths)
+    factors = factors_of(loras, strengths)
 
     def plan(moment: Moment) -> list[Pass]:
         found = [strength * f.at(moment.step, moment.steps, moment.sigma) for f in factors]
@@ -73,7 +73,7 @@ def guarded_sum(base, own, strengths, guard: float):
     return each(lambda b, d, f: b + d * f.to(d.dtype), base, whole, factor)
 
 
-def _factors(loras, text: str) -> list[Schedule]:
+def factors_of(loras, text: str) -> list[Schedule]:
     """[loras] the schedule of each LoRA's strength."""
     found = [Schedule.parse(1.0)] * len(loras)
     names = [] if "=" not in text else [lora.card.name for lora in loras]

@@ -1,0 +1,161 @@
+"""Sums of the LoRAs' changes that are not all run anew at each step: what the stale route methods share.
+
+    prediction = base + sum_i s_i d_i       d_i = e_i - base, the change that LoRA i alone makes to the prediction
+
+The first step runs the base and every LoRA. After it a step runs `rows` of them, and every d_i that is not run anew
+comes from when it last was, carried on along its last trend:
+
+    d_i(n) = d_i(m) + extrapolate (n - m) (d_i(m) - d_i(l)) / (m - l)         l < m < n, the last two measurements
+
+With two rows or more the base is one of them and the LoRAs take turns. With one row the base has a turn after every
+three LoRAs: a step with LoRA i alone has base = e_i - d_i with the d_i carried on, and d_i at that step is settled
+when the base is next known, on a straight line between its two neighbours. A change is taken as proportional to the
+user's weight, so that weights may follow a schedule; a LoRA that comes in later is run at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from multilora.plan import Moment, Pass, one_hot
+from multilora.predictions import each, mean, shapes
+
+BASE = -1
+# With one row a step: LoRAs that are run between two runs of the base, all of them where there are fewer. On recorded
+# runs of the exact sum over five LoRAs of the embedded world's train split two or three were nearest to it, then one
+# and five.
+BETWEEN = 3
+
+
+@dataclass
+class _Change:
+    """The change of one LoRA at the step of its last measurement, with its trend per step, at that step's weight."""
+
+    step: int
+    value: Any
+    weight: float
+    trend: Any = None
+
+    def measured(self, step: int, value: Any, weight: float) -> _Change:
+        steps, scale = step - self.step, weight / self.weight
+        trend = each(lambda new, old: (new - old * scale) / steps, value, self.value) if steps > 0 else None
+        return _Change(step, value, weight, trend)
+
+    def at(self, step: int, weight: float, extrapolate: float) -> Any:
+        scale, ahead = weight / self.weight, extrapolate * (step - self.step)
+        if self.trend is None or not ahead:
+            return each(lambda v: v * scale, self.value)
+        return each(lambda v, t: (v + t * ahead) * scale, self.value, self.trend)
+
+
+@dataclass
+class _Slot:
+    """What is known between the steps of one call: solvers of second order and separate halves call more than once."""
+
+    changes: dict[int, _Change] = field(default_factory=dict)
+    base: tuple[int, Any] | None = None
+    waiting: list[tuple[int, int, Any, float]] = field(default_factory=list)  # LoRA, step, prediction, weight
+    turns: int = 0  # of LoRAs since the base was last run
+    ran: dict[int, int] = field(default_factory=dict)  # LoRA -> how many runs of LoRAs came before its last one
+    runs: int = 0
+    asked: list[int] = field(default_factory=list)
+
+
+def stale(k: int, strengths: Callable[[Moment], Sequence[float]], rows: int, extrapolate: float) -> Any:
+    """A plan for k LoRAs at strengths(moment) [k] with `rows` runs a step; see the module's docstring.
+
+    Where predictions change their shape in a run (Z-Image drops the negative half late), that one step has only the
+    changes that it ran itself, and the next runs all anew.
+    """
+    slots: dict[int, _Slot] = {}
+    where = [-1, -1]  # the step, and how many calls it had before this one
+
+    def plan(moment: Moment) -> list[Pass]:
+        where[:] = [moment.step, where[1] + 1 if where[0] == moment.step else 0]
+        slot = slots.setdefault(where[1], _Slot())
+        slot.asked = _asked(slot, [i for i, w in enumerate(moment.weights) if w], rows)
+        found = strengths(moment)
+        share = 1.0 - sum(found[i] for i in slot.asked if i != BASE)
+        passes = [
+            Pass((0.0,) * k, mix=share) if i == BASE else Pass(one_hot(moment.weights, i), mix=found[i])
+            for i in slot.asked
+        ]
+        return passes if BASE in slot.asked else [Pass(passes[0].row, mix=1.0)]
+
+    def combine(outputs: Sequence[Any], moment: Moment) -> Any:
+        slot = slots[where[1]]
+        if slot.base is not None and shapes(slot.base[1]) != shapes(outputs[0]):
+            slots[where[1]] = _Slot()
+            slot.changes.clear()
+            slot.waiting.clear()
+        return _combined(slot, outputs, moment, strengths(moment), extrapolate)
+
+    plan.combine = combine
+    return plan
+
+
+def _asked(slot: _Slot, live: Sequence[int], rows: int) -> list[int]:
+    """What a step runs: BASE and numbers of LoRAs."""
+    new = [i for i in live if i not in slot.changes]
+    if new or not live:
+        slot.turns = 0
+        _ran(slot, new)
+        return [BASE, *new]
+    if rows == 1 and slot.turns >= min(BETWEEN, len(live)):
+        slot.turns = 0
+        return [BASE]
+    count = max(1, min(rows - 1, len(live)))
+    slot.turns += count
+    # Whose turn it is goes by when each was run last, so that LoRAs may come and go.
+    turns = sorted(live, key=lambda i: (slot.ran.get(i, -1), i))[:count]
+    _ran(slot, turns)
+    return [BASE, *turns] if rows > 1 else turns
+
+
+def _ran(slot: _Slot, loras: Sequence[int]) -> None:
+    for i in loras:
+        slot.ran[i] = slot.runs
+        slot.runs += 1
+
+
+def _combined(
+    slot: _Slot, outputs: Sequence[Any], moment: Moment, strengths: Sequence[float], extrapolate: float
+) -> Any:
+    step, weights = moment.step, moment.weights
+    if BASE in slot.asked:
+        base = outputs[0]
+        _settle(slot, step, base)
+        for i, prediction in zip(slot.asked[1:], outputs[1:], strict=True):
+            _measure(slot, i, step, each(lambda e, b: e - b, prediction, base), weights[i])
+        slot.base = (step, _kept(base))
+    else:
+        (i,) = slot.asked
+        slot.waiting.append((i, step, _kept(outputs[0]), weights[i]))
+        if i not in slot.changes:  # the shape has changed and nothing is known
+            return outputs[0]
+        base = each(lambda e, d: e - d, outputs[0], slot.changes[i].at(step, weights[i], extrapolate))
+    parts = [(s, slot.changes[i].at(step, weights[i], extrapolate)) for i, s in enumerate(strengths)
+             if s and weights[i] and i in slot.changes]  # fmt: skip
+    return mean([base, *(d for _, d in parts)], [1.0, *(s for s, _ in parts)])
+
+
+def _kept(prediction: Any) -> Any:
+    """A copy: a compiled model may write its next output into the same memory."""
+    return each(lambda p: p.clone(), prediction)
+
+
+def _settle(slot: _Slot, step: int, base: Any) -> None:
+    """Measure the LoRAs that ran without the base since it was last known."""
+    for i, at, prediction, weight in slot.waiting:
+        before, old = slot.base
+        share = (at - before) / (step - before)
+        change = each(lambda e, a, b, f=share: e - (a + (b - a) * f), prediction, old, base)
+        _measure(slot, i, at, change, weight)
+    slot.waiting.clear()
+
+
+def _measure(slot: _Slot, i: int, step: int, value: Any, weight: float) -> None:
+    known = slot.changes.get(i)
+    slot.changes[i] = _Change(step, value, weight) if known is None else known.measured(step, value, weight)
