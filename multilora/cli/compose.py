@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +65,7 @@ def compose(
     show_schedule: Annotated[
         bool, typer.Option("--show-schedule", help="also plot the weights over the steps, beside the picture")
     ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="also say where the pictures' time goes")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print paths and recipes as JSON")] = False,
 ) -> None:
     """Draw a prompt with several LoRAs; without any argument, show what the methods do to four LoRAs."""
@@ -95,6 +97,7 @@ def compose(
     pictures = {"image": image, "mask_image": mask_image, "control_image": control_image}
     request |= arguments.read_pictures(pictures, request, controlnet, again=source is not None)
     from multilora.cli.order import Order, again, described, fresh
+    from multilora.cli.profile import kept, print_profile
 
     if source is not None:
         for name, value in {
@@ -105,7 +108,8 @@ def compose(
             if value:
                 raise ValueError(f"{name} does not go with --from: the recipe in {source} has its own")
         changes = {**request, **({} if prompt is None else {"prompt": prompt})}
-        taken, sheet, plot = [again(source, changes, method, option or [], device, out, controlnet)], None, None
+        with kept(profile) as found:
+            taken, sheet, plot = [again(source, changes, method, option or [], device, out, controlnet)], None, None
     else:
         if method and compare:
             raise ValueError("--method and --compare: give one of them")
@@ -122,11 +126,15 @@ def compose(
             show_schedule=show_schedule,
             presets=lbw_presets,
         )
-        taken, sheet, plot = fresh(order, request, device, out)
+        with kept(profile) as found:
+            taken, sheet, plot = fresh(order, request, device, out)
     paths = [path for shot in taken for path in shot.paths]
     if as_json:
         also = {"sheet": sheet and str(sheet), **({"schedule": str(plot)} if plot else {})}
+        also |= {"profile": asdict(found)} if found else {}
         print_json({"pictures": [p for shot in taken for p in described(shot)], **also})
         return
     for path in [*paths, *(path for path in (sheet, plot) if path)]:
         print(path)
+    if found:
+        print_profile(found)
