@@ -1,6 +1,7 @@
 """`multilora train gate`, `gates show`, `gates list`, `compose --gate`: files in, files out, errors in words."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,16 @@ def test_the_embedded_gates_are_listed(capsys):
     status, out, err = call(capsys, "gates", "list", "--json")
     assert status == 0, err
     assert [one["name"] for one in json.loads(out)] == list(embedded_gates())
+
+
+def test_a_text_gate_finds_the_embedded_model_and_its_loras(capsys):
+    Path("data.jsonl").write_text(json.dumps({"prompt": "sort cab =", "completion": " abc"}))
+    loras = ["--lora", "sort", "--lora", "reverse"]
+    status, _, err = call(capsys, "train", "gate", *loras, "--data", "data.jsonl", "--steps", "1", "--out",
+                          "g.safetensors")  # fmt: skip
+    assert status == 0, err
+    status, out, err = call(capsys, "gates", "show", "g.safetensors", "sort cab =", "--tokens", "2", "--json")
+    assert status == 0, err
+    assert list(json.loads(out)["shares"]) == ["sort", "reverse"]
+    status, _, err = call(capsys, "gates", "show", "g.safetensors", "--out", "h.png")
+    assert (status, "PROMPT is missing" in err) == (2, True)

@@ -1,7 +1,7 @@
 """LoRAMoE against plain LoRA of as many parameters: what fine-tuning on tasks leaves of what the base knows.
 
-Fine-tuning data are right answers to six tasks, and one sample in twenty is a fact, about a quarter of the designs that
-the base was trained on. Recall is asked about designs that fine-tuning never mentions. Every size is one epoch.
+Fine-tuning data are right answers to six tasks, and one sample in twenty is a fact, about a quarter of the designs
+that the base was trained on. Recall is asked about designs that fine-tuning never mentions. Every size is one epoch.
 """
 
 from __future__ import annotations
