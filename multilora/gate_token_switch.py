@@ -11,7 +11,9 @@ with. How a route is used while decoding, un-merged or by the paper's merge per 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,7 @@ class TokenSwitchGate:
         self.heads, self.tensors, self.k, self.top_k, self.per = dict(heads), dict(tensors), k, top_k, per
         self.order = tuple(range(k)) if order is None else tuple(order)
         self._placed: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self.ready: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     @classmethod
     def fresh(

@@ -15,126 +15,165 @@ are added to and subtracted from the weights; arXiv 2405.17741, section 3.3). A 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multilora.kernels import choice
 from multilora.kernels import routed as kernels
 from multilora.routing import Asked, numbers
-from multilora.side import Branch, Stack
+from multilora.side import Branch
 
 
 class TokenRoute(Asked):
-    """See multilora.routing.Asked. Shares per token, or [k] where no head has answered yet."""
+    """See multilora.routing.Asked. Its router has top_k, and `ready`: WeakKeyDictionary of what is made for layers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._rows: dict[str, Tensor] = {}  # group -> shares times weights
-        self._read: dict[Any, Any] = {}  # what follows from a row: scales per rank, picked LoRAs
+        self._answers: dict[str, _Answer] = {}
 
     def add(self, hook: Any, x: Tensor, y: Tensor) -> Tensor:
-        branch, bank = hook.branch, hook.bank
-        path, group = branch.site.path, self.router.group(branch.site.path)
-        head = path == self.router.head(group)
-        if head:
-            if isinstance(bank._in_weights, Merge):  # of another token
-                bank._in_weights.undo()
-            self._read.clear()
-        if head or group not in self._rows:
-            self._rows[group] = self.row(branch, x, y)
+        branch = hook.branch
+        layer = self.router.ready.get(branch)
+        if layer is None or layer.device != y.device or layer.dtype != x.dtype:
+            layer = self.router.ready[branch] = _Ready(branch, self.router, x, y)
+        if layer.head:
+            merged = hook.bank._in_weights
+            if isinstance(merged, Merge):  # of another token
+                merged.undo()
         elif hook.weight is not None and hook.weight.now is not None:
             return y
-        row = self._rows[group]
-        if row.ndim == 3 and x.ndim == 2 and row.shape[0] * row.shape[1] == x.shape[0]:
-            row = row.flatten(0, 1)
-        if not _decodes(branch, x, y, row):
-            return branch.tensor(x, y, row)
-        if head and bank.form != "side" and row.shape[:-1].numel() == 1 and self._shared(bank):
-            _merge_of(bank, path).put(row.reshape(-1))
-        return self._beside(branch, x, y, row, group)
+        answer = self._answers.get(layer.group)
+        if layer.head or answer is None:
+            answer = self._answers[layer.group] = _Answer(self.row(branch, x, y), self.router.top_k)
+        tracked = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        if tracked or not (layer.low and answer.decodes) or x.shape[:-1] != answer.lead or y.dtype != x.dtype:
+            return branch.tensor(x, y, answer.fitting(x))
+        if layer.head and answer.single and hook.bank.form != "side" and self._shared(hook.bank):
+            _merge_of(hook.bank, branch.site.path).put(answer.row.reshape(-1))
+        return layer.add(branch.site.module, x, y, answer)
 
     def _shared(self, bank: Any) -> bool:
         """Whether one route is that of every layer."""
         return len({self.router.group(path) for path in bank.paths}) == 1
 
-    def _beside(self, branch: Branch, x: Tensor, y: Tensor, row: Tensor, group: str) -> Tensor:
-        stacked = branch.stacked(branch.where(x, y))
-        if stacked.down is None:
-            return y
-        if choice.asked() == "triton":
-            return self._by_index(branch, stacked, x, y, row)
-        if x.device.type == "cpu" and row.shape[:-1].numel() == 1:
-            return self._picked(branch, stacked, x, y, row, group)
-        ranks, factors = branch.site.ranks, branch.site.factors
 
-        def all_of(down: Tensor, members: int) -> list[Tensor]:
-            key = (group, ranks, factors, x.dtype, members)
-            scale = self._kept(key, lambda: _per_rank(row, ranks, factors, x.dtype).repeat(1, members))
-            return [kernels.shrunk(x, down.T) * scale]
+class _Answer:
+    """A group's row: shares times weights, [B, k], [B, 1, k] of one token per sample, or anything else."""
 
-        h = self._narrow(branch, stacked, x, y, group, None, all_of)[0]
-        return branch.add(h, y, kernels.add_expanded, stacked.up)
+    def __init__(self, row: Tensor, most: int) -> None:
+        self.row, self.lead, self.most = row, row.shape[:-1], min(most, row.shape[-1])
+        autocast = not row.is_meta and torch.is_autocast_enabled(row.device.type)
+        tracked = torch.is_grad_enabled() and row.requires_grad
+        one_each = row.ndim == 2 or (row.ndim == 3 and row.shape[1] == 1)
+        self.decodes, self.single = one_each and not (tracked or autocast), self.lead.numel() == 1
+        self.triton = choice.asked() == "triton"
+        self.picks: list[tuple[int, float]] | None = None
+        if self.decodes and self.single and row.device.type == "cpu" and not self.triton:
+            # Reading the route here costs nothing: the numbers are in the host's memory.
+            self.picks = [(i, value) for i, value in enumerate(row.flatten().tolist()) if value]
+        self._scales: dict[Any, Tensor] = {}
 
-    def _picked(self, branch: Branch, stacked: Stack, x: Tensor, y: Tensor, row: Tensor, group: str) -> Tensor:
-        """One token on the CPU: the picked LoRAs alone, read where they lie. Its numbers are in the host's memory."""
-        ranks, factors = branch.site.ranks, branch.site.factors
+    def fitting(self, x: Tensor) -> Tensor:
+        """The row for a layer that may see all tokens of all samples in one dimension."""
+        row = self.row
+        flat = row.ndim == 3 and x.ndim == 2 and row.shape[0] * row.shape[1] == x.shape[0]
+        return row.flatten(0, 1) if flat else row
 
-        def read() -> list[tuple[int, int, float]]:
-            found = []
-            for i, value in enumerate(row.flatten().tolist()):
-                if value and ranks[i]:
-                    found.append((sum(ranks[:i]), ranks[i], value * factors[i]))
-            return found
+    def scale(self, key: tuple[Any, ...], members: int) -> Tensor:
+        """[tokens, members * R] the row's entries, one per stacked rank; key: ranks, factors and dtype."""
+        at = (*key, members)
+        if at not in self._scales:
+            self._scales[at] = _per_rank(self.row, *key).repeat(1, members)
+        return self._scales[at]
 
-        picks = self._kept((group, ranks, factors), read)
 
-        def each(down: Tensor, members: int) -> list[Tensor]:
-            return [kernels.shrunk(x, down.narrow(0, members * start, members * rank).T) for start, rank, _ in picks]
+class _Ready:
+    """What one layer needs while decoding, made once: views of its stacked factors, and those of its siblings.
 
-        narrow = self._narrow(branch, stacked, x, y, group, ranks, each)
-        for (start, rank, value), h in zip(picks, narrow, strict=True):
-            y = branch.add(h, y, kernels.add_expanded, stacked.up.narrow(0, start, rank), value)
+    low     linear, and every LoRA's part is low-rank without a bias; others run as under any gate
+    group, head   of the route
+    """
+
+    def __init__(self, branch: Branch, router: Any, x: Tensor, y: Tensor) -> None:
+        site = branch.site
+        self.device, self.dtype, self.group = y.device, x.dtype, router.group(site.path)
+        self.head = site.path == router.head(self.group)
+        plain = all(part is None or (part.rank is not None and part.bias is None) for part in site.parts)
+        self.low = site.kind == "linear" and plain and not branch.trained
+        if not self.low:
+            return
+        self.ranks, self.factors = site.ranks, None if all(f == 1.0 for f in site.factors) else site.factors
+        self.key, where = (site.ranks, site.factors, x.dtype), branch.where(x, y)
+        self.stacked, self.stacks, self.family, self.n = branch.stacked(where), [], None, 0
+        with torch.inference_mode(False), torch.no_grad():
+            self.downs = [down.T for down in self.stacked.down.split(self.ranks)]
+            self.ups = self.stacked.up.split(self.ranks)
+        if branch.siblings is not None:
+            family, n, branches = branch.siblings
+            if {router.group(each.path) for each in family.sites} == {self.group}:
+                self.family, self.n, self.stacks = family, n, [b().stacked(where) for b in branches]
+        self._wide: dict[bool, list[Tensor]] = {}
+        self._experts: tuple[Tensor, Tensor] | None = None
+
+    def add(self, module: nn.Module, x: Tensor, y: Tensor, answer: _Answer) -> Tensor:
+        """y plus the LoRAs' part, in place where nobody else can have seen y."""
+        if answer.triton:
+            return self._by_index(x, y, answer)
+        inplace = type(module) is nn.Linear and len(module._forward_hooks) == 1
+        narrow = None
+        if self.family is not None:
+            narrow = self.family.once(self.n, answer, x, lambda: self._of_siblings(x, answer))
+        narrow = self._narrow(x, answer, self.downs, 1) if narrow is None else narrow[self.n]
+        if answer.picks is None:
+            return kernels.add_expanded(y, narrow[0], self.stacked.up, inplace=inplace)
+        for (i, value), h in zip(self._present(answer), narrow, strict=True):
+            alpha = value if self.factors is None else value * self.factors[i]
+            y, inplace = kernels.add_expanded(y, h, self.ups[i], alpha, inplace=inplace), True
         return y
 
-    def _narrow(
-        self, branch: Branch, stacked: Stack, x: Tensor, y: Tensor, group: str, ranks: tuple[int, ...] | None,
-        make: Callable[[Tensor, int], list[Tensor]],
-    ) -> list[Tensor]:  # fmt: skip
-        """make(down, members), for siblings of one route once: their own slices of what it gives for all of them."""
-        family, n, branches = branch.siblings or (None, 0, ())
-        if family is None or {self.router.group(site.path) for site in family.sites} != {group}:
-            return make(stacked.down, 1)
-        m, where, row = len(branches), branch.where(x, y), self._rows[group]
-        kept = family.once(n, row, x, lambda: make(_wide([b().stacked(where) for b in branches], ranks), m))
-        if kept is None:
-            return make(stacked.down, 1)
-        return [h.narrow(-1, n * (h.shape[-1] // m), h.shape[-1] // m) for h in kept]
+    def _present(self, answer: _Answer) -> list[tuple[int, float]]:
+        return [pick for pick in answer.picks if self.ranks[pick[0]]]
 
-    def _by_index(self, branch: Branch, stacked: Stack, x: Tensor, y: Tensor, row: Tensor) -> Tensor:
-        down, up = _experts(branch, stacked)
-        if any(f != 1.0 for f in branch.site.factors):
-            row = row * numbers(branch.site.factors, row.dtype, row.device)
-        weight, index = row.topk(min(getattr(self.router, "top_k", row.shape[-1]), row.shape[-1]), -1)
-        return kernels.add_by_index_(y.clone(memory_format=torch.contiguous_format), x, down, up, index, weight)
+    def _narrow(self, x: Tensor, answer: _Answer, downs: list[Tensor], members: int) -> list[Tensor]:
+        """x by the picked factors [in, members * r] one by one, else by all of them at once and scaled."""
+        if answer.picks is not None:
+            return [kernels.shrunk(x, downs[i]) for i, _ in self._present(answer)]
+        down = self.stacked.down.T if members == 1 else self._wide_of(False)[0]
+        return [kernels.shrunk(x, down) * answer.scale(self.key, members)]
 
-    def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._read:
-            self._read[key] = make()
-        return self._read[key]
+    def _of_siblings(self, x: Tensor, answer: _Answer) -> list[tuple[Tensor, ...]]:
+        """[members] what each of the siblings takes of `_narrow`; they read one input."""
+        m, picked = len(self.stacks), answer.picks is not None
+        found = self._narrow(x, answer, self._wide_of(True) if picked else [], m)
+        return list(zip(*(h.split(h.shape[-1] // m, -1) for h in found), strict=True))
 
+    def _wide_of(self, by_lora: bool) -> list[Tensor]:
+        """Siblings' down factors side by side: [in, members * r] of each LoRA, or one [in, members * R] of all."""
+        if by_lora not in self._wide:
+            with torch.inference_mode(False), torch.no_grad():
+                downs = [s.down for s in self.stacks]
+                groups = zip(*(d.split(self.ranks) for d in downs), strict=True) if by_lora else [downs]
+                self._wide[by_lora] = [torch.cat(list(group)).T for group in groups]
+        return self._wide[by_lora]
 
-def _decodes(branch: Branch, x: Tensor, y: Tensor, row: Tensor) -> bool:
-    """Whether a layer's part is that of one token per sample, of low-rank updates alone, and wants no gradient."""
-    site = branch.site
-    tracked = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or row.requires_grad)
-    if tracked or branch.trained or site.kind != "linear" or row.ndim < 2 or row.shape[:-1] != x.shape[:-1]:
-        return False
-    if x.ndim == 3 and x.shape[1] > 1:
-        return False
-    return all(part is None or (part.rank is not None and part.bias is None) for part in site.parts)
+    def _by_index(self, x: Tensor, y: Tensor, answer: _Answer) -> Tensor:
+        """The Triton kernel reads the picked LoRAs from down [k, r, in] and up [k, out, r], r the largest rank."""
+        if self._experts is None:
+            with torch.inference_mode(False), torch.no_grad():
+                made = []
+                for old in (self.stacked.down, self.stacked.up):
+                    new = old.new_zeros(len(self.ranks), max(self.ranks), old.shape[1])
+                    for i, part in enumerate(old.split(self.ranks)):
+                        new[i, : len(part)] = part
+                    made.append(new)
+            self._experts = made[0], made[1].mT
+        index = answer.row.abs().topk(answer.most, -1).indices  # by size: a user's weight may be negative
+        weight = answer.row.gather(-1, index)
+        if self.factors is not None:
+            weight = weight * numbers(self.factors, weight.dtype, x.device)[index]
+        return kernels.add_by_index_(y.clone(memory_format=torch.contiguous_format), x, *self._experts, index, weight)
 
 
 def _per_rank(row: Tensor, ranks: tuple[int, ...], factors: tuple[float, ...], dtype: torch.dtype) -> Tensor:
@@ -145,35 +184,7 @@ def _per_rank(row: Tensor, ranks: tuple[int, ...], factors: tuple[float, ...], d
     return row.index_select(-1, kernels.columns(ranks, row.device))
 
 
-# What is made of stacked factors, as long as these are kept.
-_WIDE: weakref.WeakKeyDictionary[Stack, dict[bool, Tensor]] = weakref.WeakKeyDictionary()
-_EXPERTS: weakref.WeakKeyDictionary[Stack, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
-_MERGES: weakref.WeakKeyDictionary[Any, Merge] = weakref.WeakKeyDictionary()
-
-
-def _wide(stacks: list[Stack], ranks: tuple[int, ...] | None) -> Tensor:
-    """[members * R, in] siblings' down factors, member after member, or with `ranks` LoRA after LoRA."""
-    made = _WIDE.setdefault(stacks[0], {})
-    if (ranks is None) not in made:
-        with torch.inference_mode(False), torch.no_grad():
-            downs = [s.down for s in stacks]
-            if ranks is not None:
-                downs = [part for each in zip(*(d.split(ranks) for d in downs), strict=True) for part in each]
-            made[ranks is None] = torch.cat(downs)
-    return made[ranks is None]
-
-
-def _experts(branch: Branch, stacked: Stack) -> tuple[Tensor, Tensor]:
-    """down [k, r, in] and up [k, out, r] of a site, filled up with zeros to its largest rank r."""
-    if stacked not in _EXPERTS:
-        ranks = branch.site.ranks
-        with torch.inference_mode(False), torch.no_grad():
-            made = [t.new_zeros(len(ranks), max(ranks), t.shape[1]) for t in (stacked.down, stacked.up)]
-            for new, old in zip(made, (stacked.down, stacked.up), strict=True):
-                for i, part in enumerate(old.split(ranks)):
-                    new[i, : len(part)] = part
-        _EXPERTS[stacked] = made[0], made[1].mT
-    return _EXPERTS[stacked]
+_MERGES: weakref.WeakKeyDictionary[Any, Merge] = weakref.WeakKeyDictionary()  # of banks
 
 
 class Merge:
