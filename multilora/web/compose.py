@@ -13,6 +13,7 @@ from multilora.web import compare, elsewhere, history, words
 from multilora.web.asked import recipe_of, settings_of
 from multilora.web.compose_api import endpoints
 from multilora.web.controls import Controls
+from multilora.web.gate_map import MapOfGate, map_endpoint
 from multilora.web.service import Base, Compose, Job, Refused, Session
 from multilora.web.shell import Shell
 
@@ -49,7 +50,7 @@ class Running:
 class Result:
     """The components that show one picture and what may be done with it; `of` gives their values."""
 
-    def __init__(self):
+    def __init__(self, shell: Shell):
         self.picture = gr.Image(
             label="Picture", show_label=False, interactive=False, type="filepath", format="webp",
             buttons=["fullscreen"], elem_id="ml-picture", placeholder=words.EMPTY, height=420,
@@ -61,13 +62,14 @@ class Result:
             )
             self.restore = gr.Button("Back to its settings", interactive=False, size="md", elem_id="ml-again")
         self.scores = gr.HTML("", apply_default_css=False, elem_id="ml-scores")
+        self.gate = MapOfGate(shell, self.name)
         with gr.Accordion("Use it elsewhere: link, command, Python", open=False):
             common = {"interactive": False, "wrap_lines": True, "show_line_numbers": False, "buttons": ["copy"]}
             self.link = gr.Code("", label="Link: opens this app with these settings", lines=2, **common)
             self.command = gr.Code("", language="shell", label="Command line", lines=2, **common)
             self.python = gr.Code("", language="python", label="Python", lines=4, **common)
         self.components = [self.picture, self.name, self.download, self.restore, self.scores, self.link, self.command,
-                           self.python]  # fmt: skip
+                           self.python, *self.gate.components]  # fmt: skip
         self.around = self.components[2:]  # what follows the picture and its name
 
     def of(self, found: history.Kept, request: gr.Request) -> dict[Any, Any]:
@@ -82,7 +84,14 @@ class Result:
             self.link: elsewhere.link(recipe, _address(request)),
             self.command: elsewhere.command(recipe),
             self.python: elsewhere.python(recipe),
+            **self.gate.of(recipe),
         }
+
+    def none(self) -> dict[Any, Any]:
+        """Values of what is around the picture when there is none."""
+        off = gr.update(interactive=False)
+        texts = dict.fromkeys([self.scores, self.link, self.command, self.python], "")
+        return {**texts, self.download: off, self.restore: off, **self.gate.of(None)}
 
 
 def page(shell: Shell) -> None:
@@ -102,7 +111,7 @@ def page(shell: Shell) -> None:
             remarks = gr.HTML("", apply_default_css=False)
             with gr.Tabs(selected="one") as tabs:
                 with gr.Tab("Picture", id="one"):
-                    result = Result()
+                    result = Result(shell)
                 with gr.Tab("Comparison", id="several"):
                     sheet = compare.Sheet()
             with gr.Accordion("History of this session", open=True):
@@ -195,8 +204,7 @@ def page(shell: Shell) -> None:
         try:
             found = result.of(history.kept(session, name), request)
         except Refused:  # none was drawn, or it was stopped
-            none = gr.update(interactive=False)
-            return {**released, **dict.fromkeys(result.around, ""), result.download: none, result.restore: none}
+            return {**released, **result.none()}
         return {**released, **{c: found[c] for c in result.around}}
 
     def mistaken() -> dict[Any, Any]:
@@ -289,6 +297,7 @@ def page(shell: Shell) -> None:
 
     controls.base.input(based, controls.base, [*controls.components, state], **private)
     endpoints(shell)
+    map_endpoint(shell)
 
 
 def told(job: Job) -> Iterator[Any]:

@@ -27,7 +27,7 @@ class MethodBlocks:
         for name, record in self.records.items():
             with gr.Row(visible=name == value and bool(record.options), elem_classes="ml-options") as group:
                 for option in record.options:
-                    self._options.append((name, option, control(option)))
+                    self._options.append((name, option, control(option, name)))
             self._groups.append((name, record, group))
         self.components = [self.name, *(component for *_, component in self._options)]
         shown = [self.about, *(group for *_, group in self._groups)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,14 @@ import gradio as gr
 from multilora.method import Method, Option
 
 
-def control(option: Option, **more: Any) -> Any:
-    """The component of one option; an empty field is its default where that is none."""
+def control(option: Option, method: str = "", **more: Any) -> Any:
+    """The component of one option of a method; an empty field is its default where that is none."""
     label = option.name.replace("_", " ")
     words = {"label": label, "info": option.help or None, "interactive": True, **more}
+    if option.name == "gate":  # a file of this machine is for its owner's command line
+        words["info"] = "a trained gate for these LoRAs; none: equal shares, without training"
+        own = [(" + ".join(names), name) for name, names in embedded(method).items()]
+        return gr.Dropdown([("none", ""), *own], value=option.default or "", **words)
     if option.choices:
         return gr.Dropdown([(str(c), c) for c in option.choices], value=option.default, **words)
     if option.type is bool:
@@ -26,6 +31,21 @@ def control(option: Option, **more: Any) -> Any:
             return gr.Slider(value=option.default, step=(option.maximum - option.minimum) / 200, **bounds, **words)
         return gr.Number(option.default, precision=0 if whole else None, step=1 if whole else 0.05, **bounds, **words)
     return gr.Textbox(option.default or "", placeholder="as it is" if option.default is None else "", **words)
+
+
+def embedded(kind: str) -> dict[str, list[str]]:
+    """Name of each embedded gate of a kind -> its LoRAs, off the headers: this process needs no torch."""
+    from safetensors import safe_open
+
+    from multilora.pipelines.load import assets
+
+    found = {}
+    for path in sorted((assets() / "gates").glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            card = json.loads(file.metadata()["multilora_gate"])
+        if card["kind"] == kind:
+            found[path.stem] = [lora["name"] for lora in card["loras"]]
+    return found
 
 
 def chosen(options: Sequence[Option], values: Sequence[Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image
 
-from multilora.lab.search import SCORES
 from multilora.web import said as words
 from multilora.web.background import searched
 from multilora.web.evaluating import lora_words, within
@@ -29,8 +28,8 @@ def search_words(
         raise Refused("LoRAs: choose two or more; a search weighs them against each other")
     if method not in METHODS:
         raise Refused(f"search {method!r}: wanted one of {', '.join(METHODS)}")
-    if score not in SCORES:
-        raise Refused(f"score {score!r}: wanted one of {', '.join(SCORES)}")
+    if score not in SCORED:
+        raise Refused(f"score {score!r}: wanted one of {', '.join(SCORED)}")
     within("budget", budget, METHODS[method][1])
     within("pictures per prompt", pictures, 8)
     within("steps", steps, service.limits.steps)

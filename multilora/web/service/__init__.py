@@ -21,6 +21,7 @@ from multilora.web.service.spec import (
     Compose,
     Event,
     Fisher,
+    GateMap,
     Gram,
     Inspect,
     Merge,
@@ -35,6 +36,6 @@ from multilora.web.service.spec import (
 )
 
 __all__ = [
-    "Base", "Compare", "Compose", "Entry", "Event", "Fisher", "Gram", "Inspect", "Job", "Limits", "Merge", "Output",
-    "Overlap", "Picture", "Refused", "Request", "Result", "Score", "Service", "Session", "Share", "Text",
+    "Base", "Compare", "Compose", "Entry", "Event", "Fisher", "GateMap", "Gram", "Inspect", "Job", "Limits", "Merge",
+    "Output", "Overlap", "Picture", "Refused", "Request", "Result", "Score", "Service", "Session", "Share", "Text",
 ]  # fmt: skip

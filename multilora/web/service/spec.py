@@ -73,6 +73,16 @@ class Compare(_Drawn):
         return list(self.recipes)
 
 
+class GateMap(_Drawn):
+    """What the gate of a recipe does at every step, as a picture: facts strongest and sharpest, and one file."""
+
+    action: ClassVar[str] = "gate_map"
+    recipe: Recipe
+
+    def recipes_of(self) -> list[Recipe]:
+        return [self.recipe]
+
+
 class _OnBase(Request):
     """base  that it is about; "" for the server's first one"""
 

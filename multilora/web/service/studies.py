@@ -1,4 +1,4 @@
-"""Actions that look at LoRAs rather than draw: how much they agree, and what their layers see."""
+"""Actions that look at LoRAs rather than draw: how much they agree, what their layers see, what a gate does."""
 
 from __future__ import annotations
 
@@ -39,3 +39,26 @@ def gram(engine: Any, call: Any) -> Result:
     collected.save(path, lora_sha256=lora.card.sha256, pictures=r.pictures, steps=r.steps, seed=r.seed)
     facts = {"layers": len(collected), "pictures": r.pictures, "bytes": path.stat().st_size}
     return Result(facts=facts, files=[Output(f"{lora.card.name or 'lora'}-grams.safetensors", path)])
+
+
+@action("gate_map")
+def gate_map(engine: Any, call: Any) -> Result:
+    """A recipe drawn once more, with what its gate answers in every layer at every step (multilora.lab.gate_map)."""
+    from multilora.lab.gate_map import draw_map, map_of_picture
+    from multilora.method import resolve
+    from multilora.recipe import save_png
+
+    recipe, path = call.request.recipe, Path(call.task.folder) / "gate-map.png"
+    engine.hold(recipe.base)
+    if any(isinstance(use.weight, str) or use.mask_sha256 or use.blocks for use in recipe.loras):
+        raise ValueError("a gate's map is of LoRAs with plain weights: take schedules, masks and block weights out")
+    loras = [engine.lora(call.task.places[use.reference]) for use in recipe.loras]
+    bound = resolve("route", recipe.method, **recipe.options)
+    found = map_of_picture(
+        engine.pipe, loras, bound, recipe.prompt, weights=[float(use.weight) for use in recipe.loras],
+        seed=recipe.seed + recipe.index, steps=recipe.steps, guidance=recipe.guidance_scale,
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(draw_map(found, title=f"What {recipe.method} does", subtitle=recipe.prompt), path)
+    facts = {"strongest": found.strongest, "sharpest": found.sharpest, "names": list(found.names)}
+    return Result(facts=facts, files=[Output(path.name, path)])
