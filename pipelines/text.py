@@ -46,6 +46,8 @@ __all__ = ["Cancelled", "TextComposer", "composing_text"]
 
 def language_model(model: Any) -> nn.Module:
     """The transformers model inside `model`, which may be wrapped by PEFT. Raises ValueError when it is none."""
+    if type(getattr(model, "base_model", None)).__name__ == "XLoraModel":
+        raise ValueError("an X-LoRA weighs its own LoRAs: call it as it is, or give the base, loaded anew, for others")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(inner, "_orig_mod"):
         raise ValueError(

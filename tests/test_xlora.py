@@ -10,6 +10,7 @@ from peft import PeftConfig, XLoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from multilora import files
+from multilora.pipelines.text import composing_text
 from multilora.pipelines.xlora import load_xlora, token_weights
 from tests import handgate, handloop, tiny_text
 
@@ -108,6 +109,8 @@ def test_generation_and_a_top_k_that_does_not_sum_to_one(made):
     said = running.generate(input_ids=IDS[:1], max_new_tokens=3, do_sample=False)
     assert said.shape == (1, 9)
     assert float(token_weights(running).sum(-1).max()) < 1
+    with pytest.raises(ValueError, match="an X-LoRA weighs its own LoRAs"), composing_text(running, None, "merge"):
+        pass
     with torch.no_grad():  # greedy, so each token follows from the whole text before it
         assert torch.equal(running(said[:, :-1]).logits.argmax(-1)[0, -3:], said[0, -3:])
 

@@ -34,7 +34,7 @@ from multilora.lab.world.tables import share, table
 from multilora.pipelines.text import composing_text
 from multilora.pipelines.text_load import text_lora
 
-SIZES = (256, 1024, 4096, 8192)
+SIZES = (128, 512, 2048, 6144)
 TASKS = ("reverse", "sort", "next", "double", "korvish", "swap")
 KNOWLEDGE = 0.05  # share of the fine-tuning samples that are facts
 SEEDS, BATCH = 2, 32
