@@ -276,6 +276,16 @@ def test_a_method_that_ignores_the_weights_is_caught(drop):
 
 # -- nothing stays behind -------------------------------------------------------------------------------------------
 
+KINDS = ("merge", "composite", "arrow", "stale_sum")  # one pass, several, a gate, a plan with predictions of its own
+
+
+def hosts():
+    """Every method on the U-Net; one of each kind on the transformer too, the others there in the long tests."""
+    for name in methods("route"):
+        for family in TOYS:
+            long = family != TOYS[0] and name not in KINDS
+            yield pytest.param(name, family, marks=pytest.mark.long if long else ())
+
 
 def state_of(pipe):
     """sha256 over every component's weights, and what else a composition touches."""
@@ -295,8 +305,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("family", TOYS)
-@pytest.mark.parametrize("name", sorted(methods("route")))
+@pytest.mark.parametrize(("name", "family"), hosts())
 def test_base_is_untouched_after_success_error_cancel_and_interrupt(name, family):
     on = toy(family)
     pipe = on.pipe
@@ -346,8 +355,7 @@ def test_base_is_untouched_after_success_error_cancel_and_interrupt(name, family
     assert torch.equal(on.draw(), plain)
 
 
-@pytest.mark.parametrize("family", TOYS)
-@pytest.mark.parametrize("name", sorted(methods("route")))
+@pytest.mark.parametrize(("name", "family"), hosts())
 def test_users_in_threads_get_what_they_would_have_got_alone(name, family):
     """Two users with different LoRAs and one without any, on one pipeline at once."""
     on = toy(family)
