@@ -85,6 +85,7 @@ class World:
         assert fingerprint(self.pipe) == self.before
         assert on_disk(folder) == disk
         assert torch.equal(torch.get_rng_state(), work)
+        return text
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,7 @@ def refused_draft(world, change, words, format, component, tmp_path, **options):
     path = bad_files.write(tmp_path, format, draft, **options)
     for name, text in names.items():
         words = words.replace("{" + name + "}", text)
-    world.refused(path, words, begin=first(format, component))
+    return world.refused(path, words, begin=first(format, component))
 
 
 @pytest.mark.parametrize(("format", "component"), bad_files.CELLS)

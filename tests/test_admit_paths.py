@@ -1,5 +1,6 @@
 """Admission of paths: what is opened, what is not, and files that change meanwhile. The store of admitted files."""
 
+import contextlib
 import os
 import socket
 import struct
@@ -20,16 +21,16 @@ def world():
     return World()
 
 
-@pytest.fixture
-def library(tmp_path):
+@contextlib.contextmanager
+def laid_out(folder):
     """library/{fox,inner/fox}.safetensors inside; outside.safetensors beside it; links of every sort."""
-    root = tmp_path / "library"
+    root = folder / "library"
     (root / "inner").mkdir(parents=True)
     good = bad_files.good_bytes()
-    for path in (root / "fox.safetensors", root / "inner" / "fox.safetensors", tmp_path / "outside.safetensors"):
+    for path in (root / "fox.safetensors", root / "inner" / "fox.safetensors", folder / "outside.safetensors"):
         path.write_bytes(good)
-    (root / "out.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    (root / "up").symlink_to(tmp_path)
+    (root / "out.safetensors").symlink_to(folder / "outside.safetensors")
+    (root / "up").symlink_to(folder)
     (root / "same.safetensors").symlink_to(root / "fox.safetensors")
     (root / "loop.safetensors").symlink_to(root / "loop.safetensors")
     (root / "gone.safetensors").symlink_to(root / "nowhere.safetensors")
@@ -43,6 +44,12 @@ def library(tmp_path):
     os.chdir(here)
     yield root
     listener.close()
+
+
+@pytest.fixture
+def library(tmp_path):
+    with laid_out(tmp_path) as root:
+        yield root
 
 
 OUTSIDE = {

@@ -31,7 +31,7 @@ def unchanged(world, picture=False):
 
 
 def refused(world, call, *words):
-    """`call` raises a ValueError whose text holds all the words; nothing ran and nothing changed."""
+    """`call` raises a ValueError whose text holds all the words, and is returned; nothing ran and nothing changed."""
     composer, _ = world
     with scene.listening(composer.denoiser) as runs, pytest.raises(ValueError) as caught:
         call(composer)
@@ -39,6 +39,7 @@ def refused(world, call, *words):
     for word in words:
         assert word in str(caught.value), (word, str(caught.value))
     unchanged(world)
+    return str(caught.value)
 
 
 RUN = {
