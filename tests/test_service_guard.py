@@ -64,6 +64,7 @@ def client(auth=None, clock=None):
     with gr.Blocks() as blocks:
         text = gr.Textbox()
         text.submit(lambda x: x, text, text, api_name="echo")
+        text.blur(lambda x: x, text, text, api_name="own", api_visibility="private", queue=False)
     blocks.auth = auth
     blocks.max_file_size = None
     app = App.create_app(
@@ -125,6 +126,31 @@ def test_uploads_and_bodies_have_limits():
     body = {"data": ["x" * 9 * 2**20], "fn_index": 0, "session_hash": "s"}
     assert browser.post("/gradio_api/queue/join", json=body).status_code == 413
     assert browser.post("/gradio_api/queue/join", content=b"{").status_code == 400
+
+
+def test_a_page_s_own_events_have_no_name_for_programs():
+    browser = client()()
+    for way in ("run", "api", "call", "call/v2"):
+        for name in ("own", "none", "predict" if way.startswith("call") else "none"):
+            answer = browser.post(f"/gradio_api/{way}/{name}", json={"data": ["x"]})
+            assert (answer.status_code, answer.text) == (404, "There is no such endpoint."), (way, name)
+    assert browser.post("/gradio_api/call/echo", json={"data": ["x"]}).status_code == 200
+    pages = {"data": ["x"], "fn_index": 1, "session_hash": "s"}
+    assert browser.post("/gradio_api/run/predict", json=pages).json()["data"] == ["x"]
+
+
+def test_what_gradio_cannot_read_is_a_refusal_and_no_mistake_of_the_server():
+    browser = client()()
+    unknown = {"data": ["x"], "fn_index": 99, "session_hash": "s"}
+    answer = browser.post("/gradio_api/queue/join", json=unknown)
+    assert (answer.status_code, answer.text) == (400, "This request cannot be read.")
+    endless = b'{"data": ["x"], "fn_index": 0, "session_hash": Infinity}'
+    assert browser.post("/gradio_api/queue/join", content=endless).status_code == 422
+    assert browser.post("/gradio_api/call/v2/echo", json={"nothing": 1}).status_code == 400
+    assert browser.post("/gradio_api/upload", files={"files": ("", b"hello")}).status_code == 400
+    wrong = {"data": [], "fn_index": 1, "session_hash": "s"}  # too few values, without the queue
+    assert browser.post("/gradio_api/run/predict", json=wrong).status_code == 422
+    assert browser.post("/gradio_api/run/predict", json={**wrong, "data": ["x"]}).status_code == 200
 
 
 def test_a_session_of_gradio_is_its_owner_s():
