@@ -1,0 +1,47 @@
+"""Short runs of the scripts benchmarks/faults.py and benchmarks/faults_app.py, whose long ones are in their report."""
+
+import pytest
+
+from benchmarks import faults, faults_app, faults_fuzz
+
+pytestmark = pytest.mark.long
+
+
+def test_apply_and_restore():
+    found = faults.restore(300)
+    assert found["cycles"] == found["applied"] == 300
+    assert found["bits"] == 0
+    assert found["wrong"] == []
+
+
+def test_load_and_unload():
+    assert faults.loads(150, warm=60)["growth"] < faults.GROWTH_MB
+
+
+def test_fresh_mutants():
+    found = faults.mutants(400, cores=1)
+    assert found["found"] == []
+    assert found["count"] == 400
+
+
+def test_eight_clients_at_once():
+    """A tenth of them hang up; every picture that is finished is that of a lone run."""
+    found = faults_app.clients(64, count=8, warm=16)
+    assert found["right"] + found.get("cut", 0) == 64, found
+    assert found["right"] >= 50
+    assert found["stuck"] == 0
+    assert found["right after it"] == 1
+
+
+def test_more_clients_than_the_queue_takes():
+    found = faults_app.flood(60, waiting=45)
+    assert found["other"] == found["stuck"] == 0
+    assert found["clear"] == found["refused"] > 0
+    assert found["drawn"] >= 45
+    assert found["after"] == "complete"
+
+
+def test_calls_of_any_endpoint():
+    found = faults_fuzz.fuzz(300, seed=2)
+    assert found["found"] == []
+    assert set(found["codes"]) > {200, 404, 422}
