@@ -10,6 +10,7 @@ from typing import Any
 
 from multilora.recipe import Recipe
 from multilora.web.service import Picture, Refused, Session
+from multilora.web.service.sessions import written
 
 MOST = 40
 
@@ -25,15 +26,13 @@ class Kept:
 
 
 def keep(session: Session, picture: Picture) -> Kept:
-    """Write a picture into its session's history; the oldest beyond MOST go."""
+    """Write a picture into its session's history; the oldest beyond MOST go. Raises Refused when the disk is full."""
     recipe = picture.recipe
     mark = hashlib.sha256(picture.png).hexdigest()[:10]
-    folder = session.folder / "history"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / f"multilora-{recipe.method}-{recipe.seed + recipe.index}-{mark}.png"
-    path.write_bytes(picture.png)
+    path = session.folder / "history" / f"multilora-{recipe.method}-{recipe.seed + recipe.index}-{mark}.png"
     about = {"scores": picture.scores, "seconds": picture.seconds}
-    path.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
+    written(path.with_suffix(".json"), json.dumps(about).encode())
+    written(path, picture.png)
     for old in files(session)[MOST:]:
         old.unlink(missing_ok=True)
         old.with_suffix(".json").unlink(missing_ok=True)

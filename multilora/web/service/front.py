@@ -217,7 +217,10 @@ class Service:
                 self._answered(job, worker)
             except Exception as error:  # a mistake here must not end the thread that serves everyone
                 self.log("mistake", job=job.number, error=f"{type(error).__name__}: {error}")
-                job.put(Event("error", message="this server made a mistake; please try again", code="worker"))
+                words = "this server made a mistake; please try again"
+                if isinstance(error, OSError):
+                    words = f"this server cannot keep what you ask for: {error.strerror}. Please tell who runs it"
+                job.put(Event("error", message=words, code="disk" if isinstance(error, OSError) else "worker"))
             finally:
                 self._line.done(job)
         worker.stop()

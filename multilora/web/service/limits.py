@@ -9,7 +9,8 @@ from multilora.web.service.spec import Compare, Fisher, Gram, Merge, Overlap, Re
 
 
 class Refused(ValueError):
-    """A request that is not taken; the message says why and what to do. `code`: "busy", "limit" or "request"."""
+    """A request that is not taken; the message says why and what to do. `code`: "busy", "limit", "disk" or
+    "request"."""
 
     def __init__(self, message: str, code: str = "request"):
         super().__init__(message)

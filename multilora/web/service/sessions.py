@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import threading
@@ -77,7 +78,10 @@ class Sessions:
             found = self._all.get(key)
             if found is None:
                 folder = self.root / secrets.token_hex(8)
-                folder.mkdir(mode=0o700)
+                try:
+                    folder.mkdir(mode=0o700)
+                except OSError as error:
+                    raise _disk("your files", error) from None
                 found = self._all[key] = Session(key, folder)
             found.seen = now
             self._all.move_to_end(key)
@@ -108,6 +112,8 @@ class Sessions:
                 facts = description(load(kept.path, base, limits=limits, name=kept.label))
             except ValueError as error:
                 raise Refused(str(error)) from None
+            except OSError as error:
+                raise _disk(path.name, error) from None
         reference = f"upload:{kept.sha256[:16]}"
         entry = Entry(
             reference,
@@ -149,7 +155,7 @@ class Sessions:
         if reference not in session.uploads:
             raise Refused(f"LoRA {reference!r}: not one that you have uploaded")
         path = session.folder / f"{reference.replace(':', '-')}.png"
-        path.write_bytes(png)
+        written(path, png)
         entry = session.uploads[reference] = replace(session.uploads[reference], preview=path)
         return entry
 
@@ -161,3 +167,21 @@ class Sessions:
             _, oldest = session.outputs.popitem(last=False)
             shutil.rmtree(oldest.path.parent, ignore_errors=True)
         return kept
+
+
+def written(path: Path, data: bytes) -> Path:
+    """Write a file of a session: whole, or not at all and Refused, when the disk does not take it."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _disk(path.name, error) from None
+    return path
+
+
+def _disk(name: str, error: OSError) -> Refused:
+    """What to say of a file that cannot be kept; its folder is nobody's business."""
+    return Refused(f"{name}: this server cannot keep it: {error.strerror}. Please tell who runs it", "disk")

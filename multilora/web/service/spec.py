@@ -259,7 +259,7 @@ class Event:
               "picture" (picture: one of several is there), "text" (message: the next piece of answer `number` of
               `of`), "note" (message), and one at the end: "done" (result), "error" (message in words, code),
               "cancelled"
-    code      of an error: "request" (what was asked), "memory", "nan", "worker", "timeout", "stopped"
+    code      of an error: "request" (what was asked), "memory", "nan", "worker", "timeout", "stopped", "disk"
     """
 
     kind: str
