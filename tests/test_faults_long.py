@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import faults, faults_app, faults_fuzz
+from multilora.web.service import guard
 
 pytestmark = pytest.mark.long
 
@@ -45,3 +46,14 @@ def test_calls_of_any_endpoint():
     found = faults_fuzz.fuzz(300, seed=2)
     assert found["found"] == []
     assert set(found["codes"]) > {200, 404, 422}
+
+
+def test_the_calls_find_what_the_guard_keeps_out(monkeypatch):
+    """Without it there are mistakes of the server to be found."""
+
+    async def open_door(self, scope, receive, send):
+        await self.app(scope, receive, send)
+
+    monkeypatch.setattr(guard.Guard, "__call__", open_door)
+    found = faults_fuzz.fuzz(120, seed=2)["found"]
+    assert any("status 500" in wrong for *_, wrong in found)
