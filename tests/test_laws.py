@@ -281,10 +281,11 @@ KINDS = ("merge", "composite", "arrow", "stale_sum")  # one pass, several, a gat
 
 def hosts():
     """Every method on the U-Net; one of each kind on the transformer too, the others there in the long tests."""
-    for name in methods("route"):
-        for family in TOYS:
-            long = family != TOYS[0] and name not in KINDS
-            yield pytest.param(name, family, marks=pytest.mark.long if long else ())
+    return [
+        pytest.param(name, family, marks=pytest.mark.long if family != TOYS[0] and name not in KINDS else ())
+        for name in methods("route")
+        for family in TOYS
+    ]
 
 
 def state_of(pipe):
