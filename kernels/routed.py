@@ -21,8 +21,9 @@ from multilora.kernels.checks import check_index, check_layers, check_row, check
 from multilora.kernels.choice import IMPLEMENTATIONS, chosen
 
 __all__ = [
-    "IMPLEMENTATIONS", "add_by_index_", "add_expanded", "add_folded", "add_folded_conv", "columns", "rebuild_",
-    "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_segments", "shrunk",
+    "IMPLEMENTATIONS", "add_by_index_", "add_each", "add_expanded", "add_folded", "add_folded_conv", "columns",
+    "rebuild_", "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_segments", "shrunk",
+    "shrunk_each",
 ]  # fmt: skip
 
 
@@ -297,6 +298,32 @@ def add_expanded(y: Tensor, h: Tensor, up: Tensor, alpha: float = 1.0, *, inplac
         flat = y.reshape(up.shape[0], -1, y.shape[-1])
         total = flat.baddbmm_(h, up, alpha=alpha) if inplace else torch.baddbmm(flat, h, up, alpha=alpha)
     return y if inplace else total.view(y.shape)
+
+
+def shrunk_each(x: Tensor, downs: Sequence[Tensor]) -> list[Tensor]:
+    """`shrunk` by several factors: [x.view(-1, in) @ down for down in downs], each down [in, r]."""
+    flat = x.reshape(-1, x.shape[-1])
+    return [torch.mm(flat, down) for down in downs]
+
+
+def add_each(
+    y: Tensor, hs: Sequence[Tensor], ups: Sequence[Tensor], weights: Sequence[float], *, inplace: bool = False
+) -> Tensor:
+    """`add_expanded` of several LoRAs that the host has picked, an operation each.
+
+    Semantics: y + sum(w * (h @ up).view_as(y) for h, up, w in zip(hs, ups, weights))
+
+    y       [..., out]
+    hs      [tokens, r] each, from `shrunk_each`; ups [r, out] each
+    inplace write into y (when it is contiguous) instead of a new tensor
+    returns [..., out]
+    """
+    inplace = inplace and y.is_contiguous()
+    total = y.reshape(-1, y.shape[-1])
+    for h, up, weight in zip(hs, ups, weights, strict=True):
+        total = total.addmm_(h, up, alpha=weight) if inplace else torch.addmm(total, h, up, alpha=weight)
+        inplace = True
+    return total.view(y.shape)
 
 
 def add_folded_conv(

@@ -128,18 +128,17 @@ class _Ready:
         narrow = self._narrow(x, answer, self.downs, 1) if narrow is None else narrow[self.n]
         if answer.picks is None:
             return kernels.add_expanded(y, narrow[0], self.stacked.up, inplace=inplace)
-        for (i, value), h in zip(self._present(answer), narrow, strict=True):
-            alpha = value if self.factors is None else value * self.factors[i]
-            y, inplace = kernels.add_expanded(y, h, self.ups[i], alpha, inplace=inplace), True
-        return y
+        picks = self._present(answer)
+        weights = [value if self.factors is None else value * self.factors[i] for i, value in picks]
+        return kernels.add_each(y, narrow, [self.ups[i] for i, _ in picks], weights, inplace=inplace)
 
     def _present(self, answer: _Answer) -> list[tuple[int, float]]:
-        return [pick for pick in answer.picks if self.ranks[pick[0]]]
+        return answer.picks if all(self.ranks) else [pick for pick in answer.picks if self.ranks[pick[0]]]
 
     def _narrow(self, x: Tensor, answer: _Answer, downs: list[Tensor], members: int) -> list[Tensor]:
         """x by the picked factors [in, members * r] one by one, else by all of them at once and scaled."""
         if answer.picks is not None:
-            return [kernels.shrunk(x, downs[i]) for i, _ in self._present(answer)]
+            return kernels.shrunk_each(x, [downs[i] for i, _ in self._present(answer)])
         down = self.stacked.down.T if members == 1 else self._wide_of(False)[0]
         return [kernels.shrunk(x, down) * answer.scale(self.key, members)]
 

@@ -55,6 +55,19 @@ def test_experts_by_index_equal_a_loop_over_tokens_and_picks(implementation, lea
         torch.testing.assert_close(added, y + want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_loras_that_the_host_picks_are_those_picked_by_index(inplace):
+    down, up = _bank()
+    x, y = _random(2, 9, 3).mT, _random(2, 3, 7, seed=6)  # strided
+    index, weight = torch.tensor([2, 0, 2]), torch.tensor([0.5, -1.0, 0.25], dtype=torch.float64)
+    hs = kernels.shrunk_each(x, [down[i].T for i in index])
+    given = y.clone()
+    got = kernels.add_each(given, hs, [up[i].T for i in index], weight.tolist(), inplace=inplace)
+    torch.testing.assert_close(got, y + _by_hand(x, down, up, index, weight), rtol=1e-12, atol=1e-12)
+    assert torch.equal(given, got if inplace else y)
+    assert kernels.add_each(given, [], [], [], inplace=inplace).equal(given)
+
+
 def test_experts_that_no_token_picks_are_not_read():
     down, up = _bank()
     down[3] = up[3] = float("nan")
