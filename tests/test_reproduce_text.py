@@ -10,6 +10,7 @@ import torch
 from multilora.cli import main
 from multilora.lab.reproduce import addition, analogy, few_shot, fisher_text, lorahub_text, negation, page
 from multilora.lab.reproduce.bench import CHECKED, DRAWN, SMOKE, Bench, Size, Target, mean_interval, shown
+from multilora.lab.reproduce.systems import summary
 from multilora.lab.result_chart import Point, draw_lines, draw_points
 from multilora.lab.train.fisher import estimate
 from multilora.lab.world.language import examples, split_of
@@ -187,7 +188,7 @@ def _reproduce(capsys, *words):
 
 def test_quick_runs_write_a_page_and_go_on(capsys, tmp_path, monkeypatch):
     code, out, err = _reproduce(capsys, "analogy", "--quick", "--out", tmp_path / "r")
-    assert (code, out.strip()) == (0, str(tmp_path / "r" / "text.md"))
+    assert (code, out.strip()) == (0, str(tmp_path / "r" / "reproduction.md"))
     assert "here.**" in err
     journal = tmp_path / "r" / "text" / "report.jsonl"
     lines = journal.read_text().splitlines()
@@ -221,13 +222,14 @@ def test_names_of_experiments(capsys, tmp_path):
 @pytest.mark.parametrize("name", page.NAMES)
 def test_every_experiment_runs_small(name, tmp_path):
     page.reproduce([name], tmp_path, size=SMOKE, echo=lambda line: None)
-    assert page.experiment(name).title in (tmp_path / "text.md").read_text()
+    assert page.experiment(name).title in (tmp_path / "reproduction.md").read_text()
 
 
 def test_the_stored_page_is_that_of_the_stored_journal():
     journal = Journal(DOCS / "text" / "report.jsonl")
     assert {one.name for one in page.measured(journal)} == set(page.NAMES)
     assert (DOCS / "text.md").read_text() == page.text(journal)
+    assert (DOCS / "reproduction.md").read_text() == summary(page.measured(journal), journal)
     for name in page.NAMES:
         assert (DOCS / "text" / f"{name}.png").is_file()
 

@@ -1,4 +1,4 @@
-"""`multilora reproduce`: the papers' claims measured on the embedded text model."""
+"""`multilora reproduce`: the papers' claims measured on the embedded models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from multilora.cli import arguments
 
 def reproduce(
     name: Annotated[list[str] | None, typer.Argument(help="experiments; all by default")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder of text.md and text/")] = Path("out/reproduce"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of reproduction.md, text.md and text/")] = Path(
+        "out/reproduce"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="a few questions each, to see that it runs")] = False,
     listed: Annotated[bool, typer.Option("--list", help="list the experiments and stop")] = False,
 ) -> None:
-    """Measure what papers claim on the embedded text model; run again to go on where it stopped."""
+    """Measure what the nine papers claim on the embedded models; run again to go on where it stopped."""
     from multilora.cli.console import note, print_table
     from multilora.lab.reproduce.bench import FULL, SMOKE
     from multilora.lab.reproduce.page import NAMES, experiment, measured, verdict_line

@@ -85,6 +85,7 @@ class Experiment:
     tables   (journal) -> Markdown
     verdict  (journal) -> (whether the claim held, why)
     figure   (journal) -> a picture
+    where    (the journal of texts) -> the journal that tables, verdict and figure read; by default the same one
     """
 
     name: str
@@ -95,6 +96,7 @@ class Experiment:
     tables: Callable[[Journal], str]
     verdict: Callable[[Journal], tuple[bool, str]]
     figure: Callable[[Journal], Image.Image]
+    where: Callable[[Journal], Journal] = lambda journal: journal
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""All experiments on the embedded text model: run, and written as docs/text.md with a figure each."""
+"""All experiments: run, and written as docs/text.md (those on texts) and docs/reproduction.md, a figure each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from multilora.lab.reproduce.bench import Bench, Experiment, Size
+from multilora.lab.reproduce.systems import html_page, summary
 from multilora.lab.world.report import Journal
 from multilora.method import unknown
 from multilora.recipe import save_png
 
 # name -> first part of its keys in the journal
-NAMES = {"addition": "addition", "negation": "negation", "analogy": "analogy", "few_shot": "few_shot",
-         "lorahub_text": "lorahub", "fisher_text": "fisher"}  # fmt: skip
+NAMES = {"lora": "lora", "addition": "addition", "negation": "negation", "analogy": "analogy",
+         "few_shot": "few_shot", "lorahub_text": "lorahub", "loramoe": "loramoe", "token_switch": "token_switch",
+         "fisher_text": "fisher", "composition": "composition"}  # fmt: skip
 HEAD = """# Weights on language: what the papers claim, on the embedded text model
 
 Measured by `multilora reproduce`, which also wrote this page; `docs/text/report.jsonl` holds every count. The model is
@@ -59,17 +61,23 @@ def reproduce(
 
 
 def measured(journal: Journal) -> list[Experiment]:
-    return [experiment(name) for name, part in NAMES.items() if journal.of(part)]
+    """The experiments that have results, in the journal of texts or beside it."""
+    found = [(experiment(name), part) for name, part in NAMES.items()]
+    return [one for one, part in found if one.where(journal).of(part)]
+
+
+def on_texts(journal: Journal) -> list[Experiment]:
+    return [one for one in measured(journal) if one.where(journal) is journal]
 
 
 def verdict_line(one: Experiment, journal: Journal) -> str:
-    holds, why = one.verdict(journal)
+    holds, why = one.verdict(one.where(journal))
     return f"**{'Holds' if holds else 'Does not hold'} here.** {why[:1].upper()}{why[1:]}."
 
 
 def text(journal: Journal) -> str:
-    """The page. Raises ValueError when nothing was measured."""
-    found = measured(journal)
+    """The page of the text model. Raises ValueError when nothing was measured."""
+    found = on_texts(journal)
     if not found:
         raise ValueError(f"{journal.path}: nothing was measured; run `multilora reproduce`")
     parts = [HEAD]
@@ -82,10 +90,13 @@ def text(journal: Journal) -> str:
 
 
 def write(journal: Journal, docs: Path) -> Path:
-    """docs/text.md and docs/text/<name>.png out of a journal."""
-    said = text(journal)
-    for one in measured(journal):
-        save_png(one.figure(journal), docs / "text" / f"{one.name}.png")
-    path = docs / "text.md"
-    path.write_text(said)
+    """Out of a journal: docs/text.md, docs/reproduction.md and .html, docs/text/<name>.png; the path of the second."""
+    found = measured(journal)
+    for one in found:
+        save_png(one.figure(one.where(journal)), docs / "text" / f"{one.name}.png")
+    if on_texts(journal):
+        (docs / "text.md").write_text(text(journal))
+    path = docs / "reproduction.md"
+    path.write_text(summary(found, journal))
+    path.with_suffix(".html").write_text(html_page(found, journal, docs))
     return path

@@ -1,0 +1,120 @@
+"""The nine systems in one table: what the papers claim, their numbers, ours, and whether the claim held here."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from multilora.lab.reproduce.bench import Experiment
+from multilora.lab.world.report import Journal
+from multilora.lab.world.tables import table
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the nine.
+
+    experiments  name -> the paper's number for that claim, as read in the sources of docs/ideas; "" where we have none
+    """
+
+    title: str
+    experiments: dict[str, str]
+    missing: str = ""
+
+
+NO_TABLE = "no number at hand"
+SYSTEMS = (
+    System("LoRA", {"lora": "GLUE average 86.40 fine-tuned, 87.24 LoRA with 0.8 M parameters (RoBERTa base)"}),
+    System("PEM arithmetic", {"addition": NO_TABLE, "negation": NO_TABLE, "analogy": NO_TABLE}),
+    System("Uniform and learned combination", {"few_shot": NO_TABLE}),
+    System("LoRAHub", {"lorahub_text": "BBH 34.7 (mean of 5 seeds), zero-shot 27.0, LoRA tuning 37.7"}),
+    System("LoRAMoE", {"loramoe": NO_TABLE}),
+    System("LoRA-Switch", {"token_switch": "decoding 2.4 ms a token base, 3.1 ours, 8.6 per-layer routing (MoRAL); "
+                                           "general average 60.12 against 60.45"}),
+    System("MoLE", {}, "not measured yet: `python -m multilora.lab.reproduce.mole`, hours on two cores"),
+    System("Fisher-weighted averaging", {"fisher_text": NO_TABLE}),
+    System("Multi-LoRA composition", {"composition": "GPT-4V prefers Switch to Merge in 69%, Composite in 55% (k = 5, "
+                                                     "composition)"}),
+)  # fmt: skip
+HEAD = """# The nine systems, reproduced in miniature
+
+Written by `multilora reproduce` from the journals beside it (`text/report.jsonl`, `world/report.jsonl`): nothing on
+this page was typed in. The models are the embedded ones, a Stable Diffusion and a Llama small enough for a laptop.
+What holds on them need not hold on large ones, and the other way round. A verdict follows a rule that was written
+before the figures were there, in the function `verdict` of the experiment's file in `multilora/lab/reproduce/`.
+Intervals are 95%.
+"""
+
+
+def rows(found: Sequence[Experiment], journal: Journal) -> list[tuple[str, str, str, str, str]]:
+    """(system, claim, paper's number, ours, verdict), one row a claim, all nine systems."""
+    known, lines = {one.name: one for one in found}, []
+    for i, system in enumerate(SYSTEMS, 1):
+        title = f"{i}. {system.title}"
+        for name, number in system.experiments.items():
+            if name not in known:
+                lines.append(
+                    (title, name.replace("_", " "), number, "", f"not measured: `multilora reproduce {name}`")
+                )
+                continue
+            holds, why = known[name].verdict(known[name].where(journal))
+            lines.append((title, known[name].claim, number, why, "holds" if holds else "does not hold here"))
+        if not system.experiments:
+            lines.append((title, "", "", "", system.missing))
+    return lines
+
+
+def summary(found: Sequence[Experiment], journal: Journal) -> str:
+    """docs/reproduction.md"""
+    head = ["system", "claim", "the paper's number", "ours", "verdict"]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows(found, journal)]
+    parts = [HEAD, table(head, cells)]
+    known = {one.name: one for one in found}
+    for i, system in enumerate(SYSTEMS, 1):
+        here = [known[name] for name in system.experiments if name in known]
+        if not here:
+            continue
+        parts.append(f"## {i}. {system.title}")
+        for one in here:
+            parts.append(f"![{one.title}](text/{one.name}.png)")
+            own = one.where(journal)
+            parts.append(f"Tables: [text.md](text.md), {one.title!r}." if own is journal else one.tables(own))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1f2933}
+table{border-collapse:collapse;width:100%}td,th{border:1px solid #d5dae1;padding:.4rem .6rem;text-align:left;
+vertical-align:top;overflow-wrap:anywhere}img{max-width:100%;height:auto}.wide{overflow-x:auto}
+.yes{color:#0b6e4f;font-weight:600}.no{color:#9b2c2c;font-weight:600}
+@media(max-width:40rem){th,td{min-width:9rem}}
+@media(prefers-color-scheme:dark){body{background:#14181d;color:#dde3ea}td,th{border-color:#3a434e}
+.yes{color:#5ad1a4}.no{color:#f29a9a}img{background:#fff}}"""
+
+
+def html_page(found: Sequence[Experiment], journal: Journal, docs: Path) -> str:
+    """The same as one page that needs nothing beside it; the figures are those in docs/text/."""
+    kinds = {"holds": "yes", "does not hold here": "no"}
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[:4])
+        + f'<td class="{kinds.get(row[4], "")}">{html.escape(row[4])}</td></tr>'
+        for row in rows(found, journal)
+    )  # fmt: skip
+    heads = "".join(f"<th>{name}</th>" for name in ("system", "claim", "the paper's number", "ours", "verdict"))
+    figures = "".join(
+        f"<h2>{html.escape(one.title)}</h2><p>{html.escape(one.claim)}.</p>"
+        f'<img alt="{html.escape(one.title)}" src="{_encoded(docs / "text" / f"{one.name}.png")}">'
+        for one in found
+    )
+    title, _, words = HEAD.partition("\n\n")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title[2:]}</title><style>{STYLE}</style><h1>{title[2:]}</h1><p>{html.escape(words)}</p>"
+        f'<div class="wide"><table><tr>{heads}</tr>{lines}</table></div>{figures}</html>\n'
+    )
+
+
+def _encoded(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
