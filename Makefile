@@ -1,10 +1,11 @@
 # make demo        set up, compose four LoRAs of the embedded world, print the path of the contact sheet
 # make test        set up, run the tests (minutes)
 # make test-long   set up, run the long tests
+# make bench       set up, the CPU's goals into benchmarks/RESULTS.md (15 minutes)
 # make lint        set up, ruff
 #
 # PYTHON is the Python >= 3.11 that makes .venv. OUT is where the demo writes.
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long bench lint clean
 
 OUT ?= out/demo
 VENV := .venv
@@ -22,6 +23,9 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/results.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,210 +1,236 @@
-"""The adapted layer's table for the CPU: operations of a step, times of Composite, Switch and routed decoding.
+"""The adapted layer's goals on the CPU: operations of a step, times of Composite, Switch and gated LoRAs.
 
-    OMP_NUM_THREADS=1 python benchmarks/adapted_layers.py [rounds] > benchmarks/adapted_layers.md
+    OMP_NUM_THREADS=1 python benchmarks/adapted_layers.py [rounds]      0 rounds: counts alone, which need no machine
 
-Operations are dispatched aten operations without views, on the topology of Stable Diffusion 1.5 at width 0.1; they
-depend on no machine. Times are CPU seconds of one thread, the contenders in turn, as medians; A/A is the spread of one
-contender against itself, below which nothing is told apart. The models are so small that calling the operations is
-what takes the time, as on a GPU without graphs. "The reference way" is diffusers with PEFT: set_adapters and a forward
-for each LoRA.
+Operations are dispatched aten operations without views, on the topology of Stable Diffusion 1.5 at width 0.1. Times
+are CPU seconds of one thread, the ways in turn, as medians. At that width calling the operations is what takes the
+time, as on a GPU without graphs ("host-bound"); half of the true width at 32 x 32 is compute-bound. "The reference
+way" is diffusers with PEFT: set_adapters and a forward for each LoRA.
 """
 
-import statistics
+from __future__ import annotations
+
 import sys
-import time
+from collections.abc import Callable, Iterator
 
 import torch
-from diffusers import UNet2DConditionModel
-from flip import Leaves, _cpu
+from flip import unet
+from full_size import ATTENTION, RANK, SETS, K, adapted, cost, lora
+from goals import HEAD, Row, in_turn, machine
 from peft import LoraConfig, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from multilora.attach import attached
-from multilora.kernels import routed as kernels
-from multilora.lora import Lora, LowRank
 from multilora.remembered import remembering, text_projections
+from multilora.reserved import reserved
 from multilora.stacked import stacking
 
-K, RANK = 5, 16
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-SETS = {"attention": ATTENTION, "all linears in the blocks": (*ATTENTION, "proj", "net.2"), "and convolutions": None}
+ONE_HOT = [[float(i == j) for i in range(K)] for j in range(K)]
+MANY = [row for row in ONE_HOT for _ in range(2)]
 
 
-def unet() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 77, "norm_num_groups": 8}
-    return UNet2DConditionModel(sample_size=8, **sizes).eval()
+def sets_of(model: nn.Module, name: str = "attention") -> list:
+    return [lora(adapted(model, SETS[name]), seed) for seed in range(K)]
 
 
-def lora(model: nn.Module, seed: int, ends: tuple[str, ...] | None = ATTENTION) -> Lora:
-    g, parts = torch.Generator().manual_seed(seed), {}
-    for name, m in model.named_modules():
-        inside = isinstance(m, (nn.Linear, nn.Conv2d)) and ".".join(name.split(".")[:1]) not in ("conv_in", "conv_out")
-        if not inside or name.startswith("time_embedding") or not (ends is None or name.endswith(ends)):
-            continue
-        if ends is not None and "transformer_blocks" not in name:
-            continue
-        down = torch.randn(RANK, *m.weight.shape[1:], generator=g) / m.weight[0].numel() ** 0.5
-        up = 0.05 * torch.randn(m.weight.shape[0], RANK, *[1] * (m.weight.ndim - 2), generator=g)
-        parts[name] = LowRank.from_factors(down, up)
-    return Lora(parts)
+def call_of(model: nn.Module, samples: int, size: int = 8) -> Callable[[], Tensor]:
+    """A forward of a guided pair's inputs, repeated to so many samples."""
+    g = torch.Generator().manual_seed(5)
+    dtype, wide = model.dtype, model.config.cross_attention_dim
+    x = torch.randn(2, 4, size, size, generator=g).to(dtype).repeat(samples // 2, 1, 1, 1)
+    text = torch.randn(2, 77, wide, generator=g).to(dtype).repeat(samples // 2, 1, 1)
+    return lambda: model(x, 7, text).sample
 
 
-def timed(call) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
-def interleaved(contenders: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each; the first is run twice in a round, as "again"."""
-    first = next(iter(contenders))
-    turns = {**contenders, "again": contenders[first]}
-    found = {name: [] for name in turns}
-    for call in turns.values():
-        call()
-    for _ in range(rounds):
-        for name, call in turns.items():
-            found[name].append(timed(call))
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def counts(model: nn.Module) -> None:
-    x, text = torch.randn(2 * K, 4, 8, 8), torch.randn(2 * K, 77, 77)
-    rows = [[0.8 * (i == j) for i in range(K)] for j in range(K) for _ in range(2)]
-    with Leaves() as base:
-        model(x, 7, text)
-    print(f"\n| operations of a step at batch {2 * K}, bare model: {base.count} | layers | count | of base |")
-    print("|---|---|---|---|")
-    for title, ends in SETS.items():
-        loras = [lora(model, seed, ends) for seed in range(K)]
+def counts() -> Iterator[Row]:
+    model = unet()
+    many, pair = call_of(model, 2 * K), call_of(model, 2)
+    wide, base = cost(many).operations, cost(pair).operations
+    for name in SETS:
         for form in ("side", "bank"):
-            with attached(model, loras, form=form) as bank, stacking(bank):
-                for kept, paths in (("", []), (", text once", text_projections(model, bank.paths))):
+            with attached(model, sets_of(model, name), form=form) as bank, stacking(bank):
+                for kept, paths in (("", []), (", texts once", text_projections(model, bank.paths))):
                     with remembering(bank, paths):
-                        bank.row = rows
-                        model(x, 7, text)
-                        with Leaves() as leaves:
-                            model(x, 7, text)
-                    print(f"| Composite of {K}, {form}{kept}; {title} | {len(bank.paths)} | {leaves.count} | "
-                          f"{leaves.count / base.count:.3f} |")  # fmt: skip
+                        bank.row = [[0.8 * v for v in row] for row in MANY]
+                        many()
+                        bound = (
+                            {"side, texts once": 1.22, "bank": 1.0}.get(form + kept) if name == "attention" else None
+                        )
+                        what = f"operations of Composite, {form}{kept}; {name}, {len(bank.paths)} layers / bare"
+                        yield Row("C1", what, cost(many).operations / wide, bound)
+    with attached(model, sets_of(model), form="rebuilt") as bank:
+        bank.row = ONE_HOT[0]
+        pair()
+        yield Row("C6", "operations of a Switch step / bare", cost(pair).operations / base, 1.0)
+    for title, way in gated(model, pair).items():
+        yield Row("C10", f"operations of {K} LoRAs in one sample, {title} / bare", way(cost).operations / base, 1.55)
 
 
-def composite(model: nn.Module, rounds: int) -> None:
-    loras = [lora(model, seed) for seed in range(K)]
-    other, names = unet(), [f"l{i}" for i in range(K)]
-    for name, each in zip(names, loras, strict=True):
-        other.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(ATTENTION)), adapter_name=name)
-        state = {
-            f"{p}.lora_{ab}.weight": t for p, part in each.items() for ab, t in (("A", part.down), ("B", part.up))
-        }
-        set_peft_model_state_dict(other, state, adapter_name=name)
-    x, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 77), 7
-    many, texts = x.repeat(K, 1, 1, 1), text.repeat(K, 1, 1)
-    rows = [[float(i == j) for i in range(K)] for j in range(K)]
+def gated(model: nn.Module, call: Callable) -> dict[str, Callable]:
+    """Ways to run all LoRAs in every sample: title -> function that calls its argument with the call, ready."""
+    row = [0.1 * (i + 1) for i in range(K)]
 
-    def the_reference_way():
+    def folded(use: Callable):
+        with attached(model, sets_of(model), form="side") as bank:
+            bank.row = row
+            call()
+            return use(call)
+
+    def vector(use: Callable):
+        with reserved(model, list(adapted(model, ATTENTION)), max_loras=K, max_rank=RANK) as room:
+            room.load(sets_of(model))
+            room.row = row
+            return use(call)
+
+    return {"row folded": folded, "a gate vector": vector}
+
+
+def with_peft(model: nn.Module, sets: list) -> list[str]:
+    names = [f"l{i}" for i in range(K)]
+    for name, each in zip(names, sets, strict=True):
+        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(ATTENTION)), adapter_name=name)
+        state = {f"{p}.lora_A.weight": part.down for p, part in each.items()}
+        state |= {f"{p}.lora_B.weight": part.up for p, part in each.items()}
+        set_peft_model_state_dict(model, state, adapter_name=name)
+    return names
+
+
+def off(got: Tensor, want: Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def accuracy() -> Iterator[Row]:
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        model = unet().to(dtype)
+        sets = sets_of(model)
+        pair, many = call_of(model, 2), call_of(model, 2 * K)
+        with attached(model, sets, form="side") as bank:
+            outputs = []
+            for row in ONE_HOT:
+                bank.row = row
+                outputs.append(pair())
+        for form in ("side", "bank"):
+            with attached(model, sets, form=form) as bank, stacking(bank):
+                bank.row = MANY
+                got = many().view(K, *outputs[0].shape).mean(0)
+            name = str(dtype).removeprefix("torch.")
+            yield Row("C4", f"Composite, {form}, off from one by one, {name}", off(got, sum(outputs) / K), bound)
+
+
+def composite(rounds: int) -> Iterator[Row]:
+    """C3: host-bound, against the reference way."""
+    model, other = unet(), unet()
+    sets = sets_of(model)
+    names = with_peft(other, sets)
+    theirs, many, pair = call_of(other, 2), call_of(model, 2 * K), call_of(model, 2)
+
+    def the_reference_way() -> Tensor:
         outputs = []
         for name in names:
             other.set_adapters(name)
-            outputs.append(other(x, t, text).sample)
+            outputs.append(theirs())
         return sum(outputs) / K
 
-    with attached(model, loras, form="side") as bank, remembering(bank, text_projections(model, bank.paths)):
+    with attached(model, sets, form="side") as bank, remembering(bank, text_projections(model, bank.paths)):
 
-        def in_turn():
+        def one_by_one() -> Tensor:
             outputs = []
-            for row in rows:
+            for row in ONE_HOT:
                 bank.row = row
-                outputs.append(model(x, t, text).sample)
+                outputs.append(pair())
             return sum(outputs) / K
 
-        def batched():
-            bank.row = [row for row in rows for _ in range(2)]
-            return model(many, t, texts).sample.view(K, *x.shape).mean(0)
+        def batched() -> Tensor:
+            bank.row = MANY
+            return many().view(K, 2, 4, 8, 8).mean(0)
 
         want = the_reference_way()
-        for call in (in_turn, batched):
-            off = ((call() - want).abs().max() / want.abs().max()).item()
-            assert off < 1e-3, off
-        found = interleaved({"the reference way": the_reference_way, "in turn": in_turn, "batched": batched}, rounds)
-    reference = found.pop("the reference way")
-    print(f"\n| one Composite step of {K}, time | of the reference way |\n|---|---|")
-    for name, seconds in found.items():
-        print(f"| {'A/A' if name == 'again' else name} | {seconds / reference:.3f} |")
+        for call in (one_by_one, batched):
+            if not off(call(), want) < 1e-4:
+                raise RuntimeError(f"{call.__name__} is off by {off(call(), want):.1e}")
+        found = in_turn({"reference": the_reference_way, "one by one": one_by_one, "batched": batched}, rounds)
+    what = "time of a Composite step, {} / the reference way, host-bound"
+    yield Row("C3", what.format("batched"), found.over("batched", "reference"), 0.40, 0.23, found.spread)
+    yield Row("C3", what.format("one by one"), found.over("one by one", "reference"), spread=found.spread)
 
 
-def switch(model: nn.Module, rounds: int) -> None:
-    loras = [lora(model, seed) for seed in range(K)]
-    x, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 77), 7
-    print("\n| one switch and 5 steps, time | of 5 steps of the bare model |\n|---|---|")
+def compute_bound(rounds: int) -> Iterator[Row]:
+    """C2: half of SD 1.5's widths at 32 x 32."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=32, block_out_channels=(160, 320, 640, 640), cross_attention_dim=768, attention_head_dim=8
+    ).eval()
+    pair, many = call_of(model, 2, 32), call_of(model, 2 * K, 32)
+    with attached(model, sets_of(model), form="side") as bank, remembering(bank, text_projections(model, bank.paths)):
+
+        def one_by_one() -> None:
+            for row in ONE_HOT:
+                bank.row = row
+                pair()
+
+        def batched() -> None:
+            bank.row = MANY
+            many()
+
+        found = in_turn({"one by one": one_by_one, "batched": batched}, rounds)
+    what = "time of a Composite step, batched / one by one, compute-bound"
+    yield Row("C2", what, found.over("batched", "one by one"), 0.93, None, found.spread)
+
+
+def switch(rounds: int) -> Iterator[Row]:
+    """C6 and C7."""
+    model, bare_model = unet(), unet()
+    call, bare_call = call_of(model, 2), call_of(bare_model, 2)
+    before = {n: p.clone() for n, p in model.named_parameters()}
     for form in ("rebuilt", "bank"):
         turn = iter(range(10**9))
-        before = {n: p.clone() for n, p in model.named_parameters()}
-        with attached(model, loras, form=form) as bank:
+        with attached(model, sets_of(model), form=form) as bank:
 
-            def switched(bank=bank, turn=turn):
-                n = next(turn) % K
-                bank.row = [float(i == n) for i in range(K)]
+            def switched(bank=bank, turn=turn) -> None:
+                bank.row = ONE_HOT[next(turn) % K]
                 for _ in range(5):
-                    model(x, t, text)
-
-            def bare(bank=bank):
-                bank.row = [0.0] * K
-                for _ in range(5):
-                    model(x, t, text)
+                    call()
 
             for _ in range(K):
                 switched()
-            found = interleaved({"bare": bare, "switched": switched}, rounds)
-        same = all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-        print(f"| {form} (A/A {found['again'] / found['bare']:.3f}) | {found['switched'] / found['bare']:.3f} |")
-        print(f"| {form}: base weights afterwards | {'bit-equal' if same else 'changed'} |")
+            found = in_turn({"bare": lambda: [bare_call() for _ in range(5)], "switched": switched}, rounds)
+        what = f"time of one switch and 5 steps, {form} / 5 bare steps"
+        yield Row("C6", what, found.over("switched", "bare"), 1.03, None, found.spread)
+    half = unet().to(torch.bfloat16)
+    halves = {n: p.clone() for n, p in half.named_parameters()}
+    for title, changed, copy in (("float32", model, before), ("bfloat16", half, halves)):
+        with attached(changed, [each.to(changed.dtype) for each in sets_of(changed)], form="rebuilt") as bank:
+            for i in range(100):
+                bank.row = ONE_HOT[i % K]
+        bits = sum(
+            int((p.view(torch.uint8) != copy[n].view(torch.uint8)).sum()) for n, p in changed.named_parameters()
+        )
+        yield Row("C7", f"bytes of the base changed by 100 switches, {title}", bits, 0)
 
 
-def decoding(rounds: int, layers: int = 8, d: int = 256, ff: int = 704, experts: int = 8) -> None:
-    """A token through linears as a small Llama has them, two of eight experts for all layers."""
-    shapes = [(d, d)] * 4 + [(ff, d)] * 2 + [(d, ff)]
-    stack = [(torch.randn(o, i) / i**0.5, torch.randn(experts, RANK, i) / i**0.5, torch.randn(experts, RANK, o).mT / 4)
-             for _ in range(layers) for o, i in shapes]  # fmt: skip
-    x = {d: torch.randn(1, d), ff: torch.randn(1, ff)}
-    index, weight = torch.tensor([2, 5]), torch.tensor([0.7, 0.3])
-    dense = torch.zeros(experts).index_copy(0, index, weight)
-
-    def base():
-        for w, down, _ in stack:
-            x[down.shape[2]] @ w.T
-
-    def routed():
-        for w, down, up in stack:
-            kernels.add_by_index_(x[down.shape[2]] @ w.T, x[down.shape[2]], down, up, index, weight)
-
-    def loop():
-        for w, down, up in stack:
-            one = x[down.shape[2]]
-            y = one @ w.T
-            for e in range(experts):
-                y = y + dense[e] * ((one @ down[e].T) @ up[e].T)
-
-    found = interleaved({"base": base, "routed by index": routed, "loop over all experts": loop}, rounds)
-    print(f"\n| a token, {layers} layers of width {d}, 2 of {experts} experts, time | of base | of the loop |")
-    print("|---|---|---|")
-    for name, seconds in found.items():
-        title = "A/A" if name == "again" else name
-        print(f"| {title} | {seconds / found['base']:.3f} | {seconds / found['loop over all experts']:.3f} |")
+def all_in_one_sample(rounds: int) -> Iterator[Row]:
+    """C10: five LoRAs side by side."""
+    for title in ("row folded", "a gate vector"):
+        model, bare_model = unet(), unet()
+        bare = call_of(bare_model, 2)
+        way = gated(model, call_of(model, 2))[title]
+        found = way(lambda call, bare=bare: in_turn({"bare": bare, "all": call}, 3 * rounds))
+        what = f"time of {K} LoRAs in one sample, {title} / bare, host-bound"
+        yield Row("C10", what, found.over("all", "bare"), 1.45, None, found.spread)
 
 
 @torch.no_grad()
-def main(rounds: int = 7) -> None:
-    print("# The adapted layer on the CPU\n\nMade by `python benchmarks/adapted_layers.py`.\n")
-    print(f"Machine: {_cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}; {rounds} rounds.")
-    model = unet()
-    counts(model)
+def rows(rounds: int = 7) -> Iterator[Row]:
+    yield from counts()
+    yield from accuracy()
     if rounds:
-        composite(model, rounds)
-        switch(model, rounds)
-        decoding(rounds)
+        for part in (composite, switch, all_in_one_sample, compute_bound):
+            yield from part(rounds)
 
 
 if __name__ == "__main__":
-    main(*(int(a) for a in sys.argv[1:]))
+    print(f"{machine()}\n\n{HEAD}")
+    for row in rows(*(int(a) for a in sys.argv[1:])):
+        print(row, flush=True)
