@@ -169,12 +169,10 @@ def prompt_of(library: Library, chosen: Sequence[Entry], index: int, settings: S
     """Of the embedded world a caption of a held-out scene, another one for each index; else the trigger words."""
     if not library.world:
         return settings.prompt.format(triggers=", ".join(t for e in chosen for t in e.triggers))
+    from multilora.lab.evaluate.quality import scene_of
     from multilora.lab.world.caption import caption
-    from multilora.lab.world.designs import DESIGNS
-    from multilora.lab.world.report import composed_scene
 
-    names = sorted((e.name for e in chosen), key=list(DESIGNS).index)  # as the world's own report forms its scenes
-    return caption(composed_scene(names, index), 1)
+    return caption(scene_of([e.name for e in chosen], index), 1)
 
 
 @dataclass(frozen=True)

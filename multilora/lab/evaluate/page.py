@@ -17,6 +17,7 @@ from multilora.lab.evaluate.evaluation import NONE, Results, Shown
 from multilora.lab.evaluate.readings import told
 from multilora.lab.evaluate.report import (
     MEASURES,
+    QUALITY,
     against,
     findings,
     interval_of,
@@ -93,6 +94,8 @@ def html(results: Results, made: Mapping[str, Sequence[Row]]) -> str:
     if len(arms) > 1 and made["wins"]:
         body += ["<h2>Who shows more, picture by picture</h2>", *_matrix(arms, made["wins"])]
         body += [f"<h2>Against {escape(against(results))}</h2>", *_against(results, made["differences"])]
+    if made["quality"]:
+        body += ["<h2>Quality</h2>", _quality(results, made["quality"])]
     body += ["<h2>Cost</h2>", _costs(results, made["costs"]), *_sheets(results), "<h2>How this was measured</h2>"]
     body.append(_how(results))
     head = (
@@ -228,6 +231,23 @@ def _against(results: Results, rows: Sequence[Row]) -> list[str]:
         points = ", in percentage points" if MEASURES[m][2] else ""
         parts += [f"<h3>{MEASURES[m][0]}{points}</h3>", _grid(["method", *(k_name(k) for k in ks)], body)]
     return parts
+
+
+def _quality(results: Results, rows: Sequence[Row]) -> str:
+    found = {(r["method"], r["k"]): r for r in rows}
+    names = list(dict.fromkeys(r["method"] for r in rows))
+    ks = [k for k in results.plan.ks if any(r["k"] == k for r in rows)]
+    body = []
+    for arm in names:
+        shown = [found.get((arm, k)) for k in ks]
+        cells = [f"<td>{r['value']:.1f}<span>{r['low']:.1f} to {r['high']:.1f}</span></td>" if r else "<td>-</td>"
+                 for r in shown]  # fmt: skip
+        body.append((_name(arm, results.arms) if arm in results.arms else escape(arm), cells))
+    told = (
+        f'<p class="grey">{escape(QUALITY[0].upper() + QUALITY[1:])}. The last row is the floor: renders of other '
+        "scenes with the same designs.</p>"
+    )
+    return told + _grid(["method", *(k_name(k) for k in ks)], body)
 
 
 def _costs(results: Results, rows: Sequence[Row]) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 
 from multilora.lab.evaluate import statistics
 from multilora.lab.evaluate.evaluation import NONE, Results, Shown
+from multilora.lab.evaluate.quality import quality
 from multilora.lab.evaluate.statistics import Interval
 
 Row = dict[str, Any]
+QUALITY = "kernel distance (KID x 1000) to real renders of the same scenes, lower is better"
 # measure -> (title, what a number means, whether it is a share)
 MEASURES = {
     "presence": ("Elements seen", "share of the requested elements that are in the picture", True),
@@ -139,7 +141,8 @@ def tables(results: Results) -> dict[str, list[Row]]:
     """Every table by the name of its file."""
     return {
         "pictures": pictures(results), "cells": cells(results), "categories": categories(results),
-        "differences": differences(results), "wins": wins(results), "costs": costs(results),
+        "differences": differences(results), "wins": wins(results), "quality": quality(results),
+        "costs": costs(results),
     }  # fmt: skip
 
 
@@ -209,6 +212,11 @@ def span(row: Mapping[str, Any], measure: str) -> str:
     return f"{by * row['low']:.{digits}f} to {by * row['high']:.{digits}f}"
 
 
+def distance(row: Mapping[str, Any] | None) -> str:
+    """A row of the table of quality: "13.2 (11.0 to 15.8)"; "-" for none."""
+    return "-" if row is None else f"{row['value']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+
+
 def k_name(k: int | None) -> str:
     return "all" if k is None else f"k = {k}"
 
@@ -248,6 +256,13 @@ def markdown(made: Mapping[str, Sequence[Row]]) -> str:
             mine = {row["k"]: row for row in rows if row["method"] == arm}
             lines.append([arm, *(f"{number(mine[k]['value'], m)} ({span(mine[k], m)})" for k in ks)])
         parts += [f"**{MEASURES[m][0]}**: {MEASURES[m][1]} (95% interval)", _table(lines)]
+    if made["quality"]:
+        ks = list(dict.fromkeys(row["k"] for row in made["quality"]))
+        lines = [["method", *(k_name(k) for k in ks)]]
+        for arm in dict.fromkeys(row["method"] for row in made["quality"]):
+            mine = {row["k"]: row for row in made["quality"] if row["method"] == arm}
+            lines.append([arm, *(distance(mine.get(k)) for k in ks)])
+        parts += [f"**Quality**: {QUALITY} (95% interval)", _table(lines)]
     lines = [["method", "k", "pictures", "model runs a step", "seconds a picture"]]
     lines += [
         [r["method"], str(r["k"]), str(r["pictures"]), f"{r['runs_per_step']:.1f}", f"{r['seconds']:.2f}"]

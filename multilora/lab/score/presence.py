@@ -193,6 +193,23 @@ class Recogniser(Eyes):
         ]
         return {head: torch.cat([part[head] for part in parts]) for head in self.heads}
 
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image] | torch.Tensor, batch: int = 64) -> np.ndarray:
+        """What the heads read, side by side: float32 [n, features]."""
+        device, read = next(self.net.parameters()).device, []
+        hooks = [head.register_forward_pre_hook(lambda module, args: read.append(args[0].float().cpu()))
+                 for head in self.net.heads.values()]  # fmt: skip
+        try:
+            parts = []
+            for chunk in pixels(images).split(batch):
+                read.clear()
+                self.net(chunk.to(device))
+                parts.append(torch.cat(read, 1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(parts).numpy()
+
 
 @functools.cache
 def load_recogniser(name: str | Path = "a") -> Recogniser:
