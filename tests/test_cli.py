@@ -69,7 +69,7 @@ def test_one_picture_and_again_from_it(capsys, world, tmp_path):
     assert (status, out) == (0, "a.png\n"), err
     recipe = Recipe.from_png("a.png")
     assert (recipe.prompt, recipe.negative_prompt, recipe.method, recipe.seed) == ("a fox", "blurry", "switch", 5)
-    assert recipe.options == {"every": 1, "schedule": "paper"}
+    assert recipe.options == {"every": 1, "schedule": "paper", "compensate": 0.0}
     assert [(use.name, use.weight) for use in recipe.loras] == [("fox", 0.8), ("robe", "0@0,1@0.5")]
     assert "<lora:fox:0.8>" in recipe.parameters()
     first = Image.open("a.png")

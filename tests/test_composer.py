@@ -91,7 +91,7 @@ def test_recipe_names_what_ran(composer):
     )
     recipe = out.recipe
     assert (recipe.prompt, recipe.negative_prompt, recipe.method) == ("a fox", "blur", "switch")
-    assert recipe.options == {"every": 1, "schedule": "paper"}
+    assert recipe.options == {"every": 1, "schedule": "paper", "compensate": 0.0}
     assert (recipe.seed, recipe.steps, recipe.guidance_scale, recipe.scale) == (3, 2, 2.0, 0.5)
     assert [(u.name, u.weight) for u in recipe.loras] == [("fox", 1.0), ("robe", 1.0)]
     assert (recipe.scheduler, recipe.base_family) == ("DDIMScheduler", "sd15")

@@ -198,11 +198,10 @@ def test_bad_methods_and_options_are_refused(pipe, loras, method, options, words
 
 
 def test_options_are_read_from_strings():
-    assert resolve("route", "switch", every="3").options == {"every": 3, "schedule": "paper"}
-    assert resolve("route", resolve("route", "switch", every=3), schedule="reference").options == {
-        "every": 3,
-        "schedule": "reference",
-    }
+    known = {"every": 3, "schedule": "paper", "compensate": 0.0}
+    assert resolve("route", "switch", every="3").options == known
+    bound = resolve("route", resolve("route", "switch", every=3), schedule="reference")
+    assert bound.options == {**known, "schedule": "reference"}
     with pytest.raises(UnknownName):
         resolve("route", "nothing")
 
