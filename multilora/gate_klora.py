@@ -64,7 +64,7 @@ class Sums:
 
 
 class KLoraRouter:
-    """A multilora.routing.Router that gives each layer to one LoRA. Two of the same sums and factor are equal.
+    """A multilora.routing.Router that gives each layer to one LoRA. Two of the same LoRAs, style and factor are equal.
 
     factor  of the style LoRA's score: alpha p + beta
     """
@@ -73,10 +73,14 @@ class KLoraRouter:
         self.sums, self.factor = sums, factor
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, KLoraRouter) and (self.sums, self.factor) == (other.sums, other.factor)
+        return isinstance(other, KLoraRouter) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((id(self.sums), self.factor))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return *map(id, self.sums.loras), self.sums.style, self.factor
 
     def group(self, path: str) -> str:
         return path

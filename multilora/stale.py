@@ -63,8 +63,12 @@ class _Slot:
     asked: list[int] = field(default_factory=list)
 
 
-def stale(k: int, strengths: Callable[[Moment], Sequence[float]], rows: int, extrapolate: float) -> Any:
+def stale(
+    k: int, strengths: Callable[[Moment], Sequence[float]], rows: int, extrapolate: float, exact: float = 0.0
+) -> Any:
     """A plan for k LoRAs at strengths(moment) [k] with `rows` runs a step; see the module's docstring.
+
+    exact  share of the steps, the first ones, that run everything; the very first one always does
 
     Where predictions change their shape in a run (Z-Image drops the negative half late), that one step has only the
     changes that it ran itself, and the next runs all anew.
@@ -75,7 +79,8 @@ def stale(k: int, strengths: Callable[[Moment], Sequence[float]], rows: int, ext
     def plan(moment: Moment) -> list[Pass]:
         where[:] = [moment.step, where[1] + 1 if where[0] == moment.step else 0]
         slot = slots.setdefault(where[1], _Slot())
-        slot.asked = _asked(slot, [i for i, w in enumerate(moment.weights) if w], rows)
+        live = [i for i, w in enumerate(moment.weights) if w]
+        slot.asked = _asked(slot, live, rows, moment.step < round(exact * moment.steps))
         found = strengths(moment)
         share = 1.0 - sum(found[i] for i in slot.asked if i != BASE)
         passes = [
@@ -96,9 +101,9 @@ def stale(k: int, strengths: Callable[[Moment], Sequence[float]], rows: int, ext
     return plan
 
 
-def _asked(slot: _Slot, live: Sequence[int], rows: int) -> list[int]:
+def _asked(slot: _Slot, live: Sequence[int], rows: int, everything: bool) -> list[int]:
     """What a step runs: BASE and numbers of LoRAs."""
-    new = [i for i in live if i not in slot.changes]
+    new = [i for i in live if everything or i not in slot.changes]
     if new or not live:
         slot.turns = 0
         _ran(slot, new)

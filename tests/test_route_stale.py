@@ -74,6 +74,15 @@ def test_rows_of_each_step(rows):
     assert Run("stale_composite", rows=min(rows, 2)).asked == SCHEDULES[min(rows, 2)]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_first_steps_may_run_everything(rows):
+    run, plain = Run("stale_sum", rows=rows, exact=0.3), Run("sum_of_differences")
+    assert run.asked[:5] == [FIRST] * 4 + [SCHEDULES[rows][1]]
+    for found, wanted in zip(run.found[:4], plain.found, strict=False):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert (run.found[9] - plain.found[9]).norm() > 1e-3
+
+
 @pytest.mark.parametrize("extrapolate", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("method", "strengths"), [("stale_sum", (1.0,) * 3), ("stale_composite", (1 / 3,) * 3)])
 def test_what_is_not_run_follows_its_last_two_measurements(method, strengths, extrapolate):

@@ -25,9 +25,10 @@ def stale_composite(
     extrapolate: Annotated[
         float, Opt("how far a reused change follows its last trend: 0 not at all, 1 all the way", 0.0, 1.0)
     ] = 0.75,
+    exact: Annotated[float, Opt("share of the steps, the first ones, that run everything", 0.0, 1.0)] = 0.0,
 ):
     """Composite itself where `rows` pays for all of it."""
     k = len(loras)
     if rows >= k:
         return composite(loras)
-    return stale(k, lambda moment: (1.0 / k,) * k, rows, extrapolate)
+    return stale(k, lambda moment: (1.0 / k,) * k, rows, extrapolate, exact)

@@ -24,6 +24,7 @@ def stale_sum(
     extrapolate: Annotated[
         float, Opt("how far a reused change follows its last trend: 0 not at all, 1 all the way", 0.0, 1.0)
     ] = 0.75,
+    exact: Annotated[float, Opt("share of the steps, the first ones, that run everything", 0.0, 1.0)] = 0.0,
     strength: Annotated[float, Opt("factor on every difference", minimum=0.0, maximum=4.0)] = 1.0,
     strengths: Annotated[str, Opt("more factors, by LoRA and over the steps, as in sum_of_differences")] = "",
 ):
@@ -35,4 +36,4 @@ def stale_sum(
     def at(moment: Moment) -> list[float]:
         return [strength * f.at(moment.step, moment.steps, moment.sigma) for f in factors]
 
-    return stale(len(loras), at, rows, extrapolate)
+    return stale(len(loras), at, rows, extrapolate, exact)
