@@ -69,7 +69,7 @@ def composition() -> Any:
 
 def loramoe() -> str:
     """One feed-forward linear of LoRAMoE."""
-    experts = ["world knowledge 1", "world knowledge 2", "other tasks 1", "other tasks 2"]
+    experts = ["knowledge", "knowledge", "other tasks", "other tasks"]
     parts = [_box(20, 150, 90, 40, "token x"), _box(190, 20, 190, 40, "W, frozen", GREY)]
     parts += [_arrow(110, 160, 190, 40), _arrow(380, 40, 560, 160)]
     for i, name in enumerate(experts):
@@ -83,7 +83,7 @@ def loramoe() -> str:
         _box(560, 150, 60, 40, "+"),
         _box(660, 150, 90, 40, "token h"),
         _arrow(620, 170, 660, 170),
-        _words(470, 310, "a share for every expert"),
+        _words(600, 300, "a share for every expert"),
         _words(470, 400, "balancing loss: experts of a group share the work, groups split by sample type"),
     ]
     return _svg(780, 420, parts)

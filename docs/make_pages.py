@@ -31,12 +31,18 @@ KS = (2, 3, 4, 5)
 WHEN = {
     "merge": "always first; also the fastest",
     "sum_of_differences": "the LoRAs spoil each other in a Merge and the time is there",
+    "stale_sum": "as the sum of differences, where k + 1 runs a step are too many",
     "switch": "Merge smears two subjects into one, and the LoRAs are strong: raise their weights",
     "composite": "a clean blend matters more than strength: raise the weights",
+    "stale_composite": "as Composite, likewise",
     "weighted_switch": "as Switch, where the prompt says much of one LoRA and little of another",
     "weighted_composite": "as Composite, likewise",
+    "composite_then_merge": "Composite has the right layout and too little of each LoRA",
+    "loratorio": "the LoRAs belong to different places of the picture, and the time is there",
     "mole": "one set of LoRAs is used again and again, so that training a gate pays",
     "arrow": "many LoRAs and nothing known about which fits where",
+    "token_switch": "language models: one route for all layers of a token",
+    "loramoe": "language models: new experts for a task, with less forgetting in mind",
 }
 
 
@@ -103,15 +109,20 @@ def alone() -> str:
 
 
 def verdicts(*names: str) -> str:
-    """What `multilora reproduce` says of experiments, one after the other."""
-    from multilora.lab.reproduce.page import experiment, verdict_line
-    from multilora.lab.world.report import Journal
+    """What docs/text.md says of experiments, one after the other: the claim, and whether it held."""
+    from multilora.lab.reproduce.page import experiment
 
-    journal = Journal(ROOT / "docs" / "text" / "report.jsonl")
+    page = (ROOT / "docs" / "text.md").read_text(encoding="utf-8")
     told = []
-    for one in map(experiment, names):
+    for name in names:
+        one = experiment(name)
+        section = re.search(rf"^## {re.escape(one.title)}$(.*?)(?=^## |\Z)", page, re.M | re.S)
+        if section is None:
+            told.append(f"{one.title}: not measured yet; `multilora reproduce {name}` does.")
+            continue
         anchor = re.sub(r"[^\w -]", "", one.title.lower()).replace(" ", "-")
-        told.append(f"[{one.title}](../text.md#{anchor}). The claim: {one.claim}.\n\n{verdict_line(one, journal)}")
+        (verdict,) = re.findall(r"^\*\*.*$", section[1], re.M)
+        told.append(f"[{one.title}](../text.md#{anchor}). The claim: {one.claim}.\n\n{verdict}")
     return "\n\n".join(told)
 
 
@@ -168,9 +179,12 @@ BLOCKS = {
     "methods": methods_table,
     "leaderboard": leaderboard,
     "alone": alone,
+    "against_full": partial(verdicts, "lora"),
     "pem": partial(verdicts, "addition", "negation", "analogy"),
     "few_shot": partial(verdicts, "few_shot"),
     "lorahub": partial(verdicts, "lorahub_text"),
+    "loramoe": partial(verdicts, "loramoe"),
+    "lora_switch": partial(verdicts, "token_switch"),
     "fisher": partial(verdicts, "fisher_text"),
 }
 
