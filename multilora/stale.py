@@ -7,10 +7,10 @@ comes from when it last was, carried on along its last trend:
 
     d_i(n) = d_i(m) + extrapolate (n - m) (d_i(m) - d_i(l)) / (m - l)         l < m < n, the last two measurements
 
-With two rows or more the base is one of them and the LoRAs take turns. With one row the base has a turn after every
-three LoRAs: a step with LoRA i alone has base = e_i - d_i with the d_i carried on, and d_i at that step is settled
-when the base is next known, on a straight line between its two neighbours. A change is taken as proportional to the
-user's weight, so that weights may follow a schedule; a LoRA that comes in later is run at once.
+The LoRAs take turns, and the base has one after every three of them. A step without it has base = the mean of
+e_i - d_i over the LoRAs that it runs, with the d_i carried on; what d_i was at that step is settled when the base is
+next known, on a straight line between its two neighbours. A change is taken as proportional to the user's weight, so
+that weights may follow a schedule; a LoRA that comes in later is run at once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from multilora.plan import Moment, Pass, one_hot
 from multilora.predictions import each, mean, shapes
 
 BASE = -1
-# With one row a step: LoRAs that are run between two runs of the base, all of them where there are fewer. On recorded
-# runs of the exact sum over five LoRAs of the embedded world's train split two or three were nearest to it, then one
-# and five.
+# LoRAs that are run between two runs of the base, all of them where there are fewer. On recorded runs over three and
+# five LoRAs of the embedded world's train split, two rows a step with the base after one, two, three, five or seven
+# LoRAs: three is best or second in each, with a third to a half less error than the base in every step. Running the LoRA
+# whose change moves most, in place of turns, gained nothing.
 BETWEEN = 3
 
 
@@ -87,7 +88,7 @@ def stale(
             Pass((0.0,) * k, mix=share) if i == BASE else Pass(one_hot(moment.weights, i), mix=found[i])
             for i in slot.asked
         ]
-        return passes if BASE in slot.asked else [Pass(passes[0].row, mix=1.0)]
+        return passes if BASE in slot.asked else [Pass(p.row) for p in passes]
 
     def combine(outputs: Sequence[Any], moment: Moment) -> Any:
         slot = slots[where[1]]
@@ -108,15 +109,17 @@ def _asked(slot: _Slot, live: Sequence[int], rows: int, everything: bool) -> lis
         slot.turns = 0
         _ran(slot, new)
         return [BASE, *new]
-    if rows == 1 and slot.turns >= min(BETWEEN, len(live)):
-        slot.turns = 0
-        return [BASE]
-    count = max(1, min(rows - 1, len(live)))
-    slot.turns += count
-    # Whose turn it is goes by when each was run last, so that LoRAs may come and go.
-    turns = sorted(live, key=lambda i: (slot.ran.get(i, -1), i))[:count]
-    _ran(slot, turns)
-    return [BASE, *turns] if rows > 1 else turns
+    asked: list[int] = []
+    while len(asked) < min(rows, len(live) + 1):
+        left = [i for i in live if i not in asked]
+        if BASE not in asked and (not left or slot.turns >= min(BETWEEN, len(live))):
+            asked.insert(0, BASE)
+            slot.turns = 0
+        else:  # whose turn it is goes by when each was run last, so that LoRAs may come and go
+            asked.append(min(left, key=lambda i: (slot.ran.get(i, -1), i)))
+            _ran(slot, asked[-1:])
+            slot.turns += 1
+    return asked
 
 
 def _ran(slot: _Slot, loras: Sequence[int]) -> None:
@@ -129,21 +132,30 @@ def _combined(
     slot: _Slot, outputs: Sequence[Any], moment: Moment, strengths: Sequence[float], extrapolate: float
 ) -> Any:
     step, weights = moment.step, moment.weights
-    if BASE in slot.asked:
-        base = outputs[0]
+    own = dict(zip(slot.asked, outputs, strict=True))
+    base = own.pop(BASE, None)
+    whole = base is not None
+    if whole:
         _settle(slot, step, base)
-        for i, prediction in zip(slot.asked[1:], outputs[1:], strict=True):
-            _measure(slot, i, step, each(lambda e, b: e - b, prediction, base), weights[i])
         slot.base = (step, _kept(base))
+    elif any(i not in slot.changes for i in own):  # the shape has changed and nothing is known
+        return outputs[0]
     else:
-        (i,) = slot.asked
-        slot.waiting.append((i, step, _kept(outputs[0]), weights[i]))
-        if i not in slot.changes:  # the shape has changed and nothing is known
-            return outputs[0]
-        base = each(lambda e, d: e - d, outputs[0], slot.changes[i].at(step, weights[i], extrapolate))
-    parts = [(s, slot.changes[i].at(step, weights[i], extrapolate)) for i, s in enumerate(strengths)
-             if s and weights[i] and i in slot.changes]  # fmt: skip
-    return mean([base, *(d for _, d in parts)], [1.0, *(s for s, _ in parts)])
+        guesses = [_minus(e, slot.changes[i].at(step, weights[i], extrapolate)) for i, e in own.items()]
+        base = mean(guesses, [1.0 / len(guesses)] * len(guesses))
+        slot.waiting += [(i, step, _kept(e), weights[i]) for i, e in own.items()]
+    changes = {i: _minus(e, base) for i, e in own.items()}
+    if whole:
+        for i, change in changes.items():
+            _measure(slot, i, step, change, weights[i])
+    for i, known in slot.changes.items():
+        if i not in changes and weights[i]:
+            changes[i] = known.at(step, weights[i], extrapolate)
+    return mean([base, *changes.values()], [1.0, *(strengths[i] for i in changes)])
+
+
+def _minus(a: Any, b: Any) -> Any:
+    return each(lambda x, y: x - y, a, b)
 
 
 def _kept(prediction: Any) -> Any:
