@@ -25,8 +25,8 @@ from multilora.predictions import each, mean, shapes
 BASE = -1
 # LoRAs that are run between two runs of the base, all of them where there are fewer. On recorded runs over three and
 # five LoRAs of the embedded world's train split, two rows a step with the base after one, two, three, five or seven
-# LoRAs: three is best or second in each, with a third to a half less error than the base in every step. Running the LoRA
-# whose change moves most, in place of turns, gained nothing.
+# LoRAs: three is best or second in each, with a third to a half less error than the base in every step. Running the
+# LoRA whose change moves most, in place of turns, gained nothing.
 BETWEEN = 3
 
 
