@@ -1,20 +1,23 @@
 """The CPU's goals C1 to C14 in one table: `make bench`, 15 minutes.
 
-    OMP_NUM_THREADS=1 python benchmarks/results.py [--counts]      writes benchmarks/RESULTS.md
+    OMP_NUM_THREADS=1 python benchmarks/results.py [WORD ...]      writes benchmarks/RESULTS.md, and .json as it goes
 
-Each goal comes from the script that is named beside it; here they run at the size that their goal asks for. Counts and
-FLOPs are gates: a missed one is the exit status 1. Times are not, for they depend on what else the machine does.
---counts leaves the times out.
+Each goal comes from the script that is named beside it; here they run at the size that their goal asks for. Words
+measure the parts that have one of them anew ("counts", "decoding") and keep the others' lines. Counts, bits and FLOPs
+are gates: a missed one is the exit status 1. Times are not, for they depend on what else the machine does.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from goals import HEAD, Row, in_turn, machine
@@ -133,10 +136,13 @@ def cached() -> Iterator[Row]:
     yield Row("C14", f"FLOPs on average at every = {len(flops)}", sum(flops) / len(flops) / flops[0], 0.32)
 
 
-def adapted(rounds: int) -> Iterable[Row]:
-    import adapted_layers
+def adapted(part: str, *arguments: int) -> Callable[[], Iterable[Row]]:
+    def rows() -> Iterable[Row]:
+        import adapted_layers
 
-    return adapted_layers.rows(rounds)
+        return getattr(adapted_layers, part)(*arguments)
+
+    return rows
 
 
 def recompiled() -> Iterable[Row]:
@@ -145,14 +151,16 @@ def recompiled() -> Iterable[Row]:
     return recompiles.rows()
 
 
-def scripts(rounds: int) -> dict[str, Callable[[], Iterable[Row]]]:
-    found: dict[str, Callable[[], Iterable[Row]]] = {
-        "adapted_layers.py": lambda: adapted(rounds),
-        "recompiles.py": recompiled,
-        "full_size.py": cached,
+def scripts() -> dict[str, Callable[[], Iterable[Row]]]:
+    """Part -> its rows; the part's first word is the script that they come from."""
+    counts = {"adapted_layers.py counts": adapted("counts"), "adapted_layers.py accuracy": adapted("accuracy"),
+              "full_size.py": cached, "recompiles.py": recompiled}  # fmt: skip
+    timed = {
+        f"adapted_layers.py {part}": adapted(part, ROUNDS)
+        for part in ("composite", "switch", "all_in_one_sample", "compute_bound")
     }
-    timed = {"flip.py": flipping, "merge.py": merging, "merge_elementwise.py": ties, "decoding.py": decoding}
-    return found | (timed if rounds else {})
+    others = {"flip.py": flipping, "merge.py": merging, "merge_elementwise.py": ties, "decoding.py": decoding}
+    return counts | timed | others
 
 
 def gpu() -> str:
@@ -169,40 +177,61 @@ def gpu() -> str:
             f"benchmarks/gpu.py --dry-run`, {made}{failed}.")  # fmt: skip
 
 
-def main() -> int:
-    rounds, began, before, missed = 0 if "--counts" in sys.argv else ROUNDS, time.monotonic(), machine(), 0
-    table = []
-    for script, rows in scripts(rounds).items():
-        print(f"{script} ...", file=sys.stderr, flush=True)
-        try:
-            with torch.no_grad():
-                for row in rows():
-                    print(row, file=sys.stderr, flush=True)
-                    missed += row.verdict == "missed" and not row.what.startswith("time ")
-                    table.append(f"{row} {script} |")
-        except Exception as error:  # the other goals are still worth their lines
-            traceback.print_exc()
-            missed += 1
-            table.append(f"| | **failed: {type(error).__name__}: {error}** | | | | | | {script} |")
-    table.sort(key=lambda line: (len(line.split("|")[1]), line.split("|")[1]))
-    with torch.no_grad():
-        end = gpu()
+def measured(rows: Callable[[], Iterable[Row]]) -> dict[str, Any]:
+    """A part's lines, how many of its gates are missed, and when and under what load it was."""
+    began, lines, missed = time.process_time(), [], 0
+    try:
+        with torch.no_grad():
+            for row in rows():
+                print(row, file=sys.stderr, flush=True)
+                missed += row.verdict == "missed" and not row.what.startswith("time ")
+                lines.append(str(row))
+    except Exception as error:  # the other goals are still worth their lines
+        traceback.print_exc()
+        missed += 1
+        lines.append(f"| | **failed: {type(error).__name__}: {error}** | | | | | |")
+    return {"lines": lines, "missed": missed, "seconds": round(time.process_time() - began), "machine": machine(),
+            "date": str(datetime.date.today())}  # fmt: skip
+
+
+def written(parts: dict[str, dict[str, Any]], end: str) -> str:
+    """RESULTS.md."""
     first, second = HEAD.splitlines()
-    text = "\n".join([
+    absent = [name for name in scripts() if name not in parts]
+    also = f"Not measured here: {', '.join(absent)}.\n" if absent else ""
+    table = [f"{line} {part.split()[0]} |" for part, each in parts.items() for line in each["lines"]]
+    table.sort(key=lambda line: (len(line.split("|")[1]), line.split("|")[1]))
+    return "\n".join([
         "# The CPU's goals\n",
-        f"Made by `make bench` (`python benchmarks/results.py{' --counts' * (not rounds)}`) on "
-        f"{datetime.date.today()} in {(time.monotonic() - began) / 60:.0f} minutes. Machine at the start: {before}; "
-        f"at the end: {machine()}.\n",
-        f"Goals and floors: research/performance.md, section 9. Operations are dispatched aten operations without "
-        f"views; times are CPU seconds of one thread, medians of {ROUNDS} rounds in turn (merges: minima). A/A: the "
-        "quartiles of one way against itself, round by round; a bound inside this spread around what was measured is "
-        "met. One layer stands for a set where a whole one takes PEFT long; whole sets are in merge.md and "
+        "Made by `make bench` (`python benchmarks/results.py`). Goals and floors: research/performance.md, section 9. "
+        "Operations are dispatched aten operations without views; times are CPU seconds of one thread, medians of "
+        f"{ROUNDS} rounds in turn or three times as many where a call is short (merges: minima). A/A: the quartiles "
+        "of one way against itself, round by round; a bound inside this spread around what was measured is met. One "
+        "layer stands for a set where a whole one takes PEFT long; whole sets are in merge.md and "
         "merge_elementwise.md.\n",
-        f"{first} script |", f"{second}---|", *table, f"\n{end}\n",
+        f"{first} script |", f"{second}---|", *table, f"\n{also}\n{end}\n",
+        "| part | on | CPU seconds | machine, and its load at the end |", "|---|---|---|---|",
+        *(f"| {part} | {each['date']} | {each['seconds']} | {each['machine']} |" for part, each in parts.items()), "",
     ])  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("parts", nargs="*", help="words of the parts to measure anew, default all of them")
+    words = parser.parse_args().parts
+    kept = ROOT / "benchmarks" / "RESULTS.json"
+    parts = json.loads(kept.read_text()) if words and kept.is_file() else {}
+    parts = {name: each for name, each in parts.items() if name in scripts()}
+    for name, rows in scripts().items():
+        if not words or any(word in name for word in words):
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            parts[name] = measured(rows)
+            kept.write_text(json.dumps(parts, indent=1) + "\n")
+    with torch.no_grad():
+        text = written(parts, gpu())
     (ROOT / "benchmarks" / "RESULTS.md").write_text(text)
     print(text)
-    return 1 if missed else 0
+    return 1 if sum(each["missed"] for each in parts.values()) else 0
 
 
 if __name__ == "__main__":

@@ -43,24 +43,24 @@ def test_missed_counts_and_failures_are_the_exit_status_and_times_are_not(tmp_pa
     def raises():
         raise RuntimeError("no model")
 
-    late = Row("C3", "time of a / b", 2.0, 1.0)
-    cases = {
-        "a.py": (lambda: [late], 0, "| C3 | time of a / b | 2 |  | <= 1 |  | missed | a.py |"),
-        "b.py": (
-            lambda: [Row("C1", "operations", 2.0, 1.0)],
-            1,
-            "| C1 | operations | 2 |  | <= 1 |  | missed | b.py |",
+    parts = {
+        "a.py times": (
+            lambda: [Row("C3", "time of a / b", 2.0, 1.0)],
+            "| C3 | time of a / b | 2 |  | <= 1 |  | missed | a.py |",
         ),
-        "c.py": (raises, 1, "| | **failed: RuntimeError: no model** | | | | | | c.py |"),
+        "b.py": (lambda: [Row("C1", "operations", 2.0, 1.0)], "| C1 | operations | 2 |  | <= 1 |  | missed | b.py |"),
+        "c.py": (raises, "| | **failed: RuntimeError: no model** | | | | | | c.py |"),
     }
     (tmp_path / "benchmarks").mkdir()
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "gpu", lambda: "no GPU")
-    monkeypatch.setattr(sys, "argv", ["results.py"])
-    for name, (rows, status, line) in cases.items():
-        monkeypatch.setattr(results, "scripts", lambda rounds, name=name, rows=rows: {name: rows})
+    monkeypatch.setattr(results, "scripts", lambda: {name: rows for name, (rows, _) in parts.items()})
+    for words, status in ((["times"], 0), (["b.py"], 1), (["c.py"], 1), (["times"], 1), ([], 1)):
+        monkeypatch.setattr(sys, "argv", ["results.py", *words])
         assert results.main() == status
         written = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
-        assert line in written.splitlines()
-        assert "load average" in written
-        assert written.rstrip().endswith("no GPU")
+        there = {name for name, (_, line) in parts.items() if line in written.splitlines()}
+        assert "a.py times" in there  # what is measured once stays until all is measured anew
+        assert written.count("load average") == len(there)
+    assert there == set(parts)
+    assert written.index("operations") < written.index("time of a")  # by goal
