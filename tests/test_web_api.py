@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 import multilora
 from examples import api_client, mcp_client
 from multilora.pipelines.load import find_lora
-from multilora.web.endpoints import endpoint, in_words
+from multilora.web.endpoints import endpoint, in_words, typed
 from tests.service_here import here
 from tests.service_here import served as serve
 
@@ -130,6 +132,30 @@ def test_a_refusal_in_a_function_becomes_gradios_error():
     with gr.Blocks() as app:
         assert endpoint(fails) is fails
     assert [f.api_name for f in app.fns.values()] == ["fails"]
+
+
+def test_a_value_of_another_type_is_refused_by_the_name_of_its_argument():
+    def draws(request: str, loras: list[Any], size: int | None = None, title: str = "plain") -> tuple:
+        return request, loras, size, title
+
+    asked = typed(draws, get_type_hints(draws))
+    assert asked("a", ["x"], None, None) == ("a", ["x"], None, "plain")
+    assert asked("a", [{"reference": "x"}], 3.0) == ("a", [{"reference": "x"}], 3, "plain")
+    for given, words in (
+        (({}, []), "request={}: Input should be a valid string"), (("a", 5), "loras=5: Input should be a valid list"),
+        (("a", [], 2.5), "size=2.5: "), (("a", [], float("inf")), "size=inf: "), (("a", None), "loras=None: "),
+        (("a", [], None, ["x"]), "title=['x']: Input"), (("a", "x" * 99), "loras='xxx"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(words)) as refused:
+            asked(*given)
+        assert len(str(refused.value)) < 150
+
+    def tells(count: int) -> Iterator[int]:
+        yield from range(count)
+
+    assert list(typed(tells, get_type_hints(tells))(2)) == [0, 1]
+    with pytest.raises(ValueError, match="count='x'"):
+        next(typed(tells, get_type_hints(tells))("x"))
 
 
 def test_tools_are_not_served_behind_logins(tmp_path):

@@ -73,6 +73,8 @@ def read_uses(
     """
     if isinstance(listed, (str, Mapping)) or not isinstance(listed, Sequence):
         raise ValueError(f"loras={listed!r:.80}: a list is wanted, of references or of objects with {FIELDS}")
+    if len(listed) > (most := service.limits.loras):
+        raise Refused(f"number of LoRAs is {len(listed)}, this server allows up to {most}", "limit")
     uses: list[LoraUse] = []
     masks: dict[str, bytes] = {}
     for each in listed:
@@ -188,7 +190,7 @@ def _number(value: Any) -> float | None:
 
 
 def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:  # NaN, too, and infinity
         raise ValueError(f"{name}={value!r:.40}: a whole number is wanted")
     return int(value)
 

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 from gradio.components.api_component import Api
 from gradio_client.utils import python_type_to_json_schema
+from pydantic import TypeAdapter, ValidationError
 
 
 def endpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,8 +34,40 @@ def endpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
         given = typing.get_args(given)[0]
     kinds = typing.get_args(given) if typing.get_origin(given) is tuple else (given,)
     outputs = [_component(kind) for kind in kinds]
-    gr.Button(visible=False).click(in_words(fn), inputs, outputs, api_name=fn.__name__, show_progress="hidden")
+    gr.Button(visible=False).click(
+        in_words(typed(fn, hints)), inputs, outputs, api_name=fn.__name__, show_progress="hidden"
+    )
     return fn
+
+
+def typed(fn: Callable[..., Any], hints: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function, given only values of its types: others raise ValueError naming the argument. None stands for a
+    default. Gradio itself hands over whatever JSON a program sends."""
+    parameters = inspect.signature(fn).parameters.values()
+    kinds = {p.name: TypeAdapter(hints[p.name]) for p in parameters if hints[p.name] is not gr.Request}
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def read(args: tuple, kwargs: dict) -> dict[str, Any]:
+        given = inspect.signature(fn).bind(*args, **kwargs).arguments
+        for name, kind in kinds.items():
+            if name not in given or (given[name] is None and name in defaults):
+                given.pop(name, None)
+                continue
+            try:
+                given[name] = kind.validate_python(given[name])
+            except ValidationError as error:
+                said = error.errors(include_url=False, include_context=False)[0]["msg"]
+                raise ValueError(f"{name}={given[name]!r:.60}: {said}") from None
+        return given
+
+    if inspect.isgeneratorfunction(fn):
+
+        @functools.wraps(fn)
+        def going(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            yield from fn(**read(args, kwargs))
+
+        return going
+    return functools.wraps(fn)(lambda *args, **kwargs: fn(**read(args, kwargs)))
 
 
 def in_words(fn: Callable[..., Any]) -> Callable[..., Any]:

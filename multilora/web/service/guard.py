@@ -170,6 +170,8 @@ class Guard:
     async def _post(self, scope: dict, receive: Any, path: str, host: str, owner: str) -> tuple[tuple | None, Any]:
         """(status and text of a refusal or None, the receive function to go on with)."""
         size = _length(scope)
+        if (b"sec-fetch-site", b"cross-site") in scope["headers"]:  # so says a browser, of a page that is not ours
+            return (403, "Another site may not do this here."), receive
         if path == "/login" and self._over(self._logins, host, 1, TRIES_AN_ADDRESS, WINDOW):
             return (429, "Too many logins from this address; please wait five minutes."), receive
         if path == "/upload":
