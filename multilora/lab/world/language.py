@@ -12,7 +12,6 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 from multilora.lab.world.designs import DESIGNS
 from multilora.method import unknown
@@ -311,8 +310,3 @@ def whole_words() -> tuple[str, ...]:
     questions = " ".join(q.format("", "") for q in KIND_QUESTIONS + COLOUR_QUESTIONS)
     tails = " ".join(RUDE + POLITE)
     return tuple(sorted({*VERBS, "in", "none", "the", *re.findall(r"[a-z]+", f"{questions} {tails}")} - {"a"}))
-
-
-def phrases() -> list[tuple[str, str, str]]:
-    """Every (number, colour, noun) that the invented languages can say."""
-    return list(product(NUMBERS, COLOURS, NOUNS))
