@@ -25,7 +25,6 @@ _KINDS = {
     "diff": {"diff"},
     "norm": {"norm"},
 }
-_BESIDE = {"alpha", "bias", "whole_bias", *MAGNITUDES}
 
 
 # PEFT's names of the kinds, as a configuration gives them.

@@ -34,7 +34,6 @@ from multilora.sites import Site, quantised, sites_of
 #     3.5 to 4.5: 0.67, 45, 16;  6: 0.0, 30, 6
 # Looked at, outlines and colours break between 2.5 and 2.7; recognisers still name the designs for a while.
 LIMIT = 2.5
-_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _norms: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], float]] = weakref.WeakKeyDictionary()
 
 
