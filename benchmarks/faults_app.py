@@ -239,7 +239,9 @@ def flood(count: int = 200, waiting: int = 50, pause: float = 0.02) -> dict[str,
             start.wait(120)
             found.append(browsers[i].ask("compose_recipe", [recipe, False]))
 
+        cpu = time.process_time()
         together(count, work)
+        cpu = time.process_time() - cpu
         stuck = idle(service)
         after = browsers[0].ask("compose_recipe", [recipe, False])[0]
     kinds = Counter(kind for kind, *_ in found)
@@ -249,7 +251,8 @@ def flood(count: int = 200, waiting: int = 50, pause: float = 0.02) -> dict[str,
     drawn = sorted(seconds for kind, _, seconds in found if kind == "complete")
     return {"clients": count, "waiting": waiting, "drawn": kinds["complete"], "refused": len(refused), "clear": clear,
             "latest": late[-1] if late else 0.0, "median": statistics.median(late) if late else 0.0, "stuck": stuck,
-            "other": count - kinds["complete"] - len(refused), "after": after, "longest": drawn[-1]}  # fmt: skip
+            "other": count - kinds["complete"] - len(refused), "after": after, "cpu": cpu,
+            "longest": drawn[-1]}  # fmt: skip
 
 
 # -- reports ----------------------------------------------------------------------------------------------------------
@@ -281,7 +284,8 @@ def main(what: str, *numbers: str) -> None:
             " | last picture after, s | stuck |\n|---|---|---|---|---|---|---|---|\n"
             f"| {got['clients']} | {got['waiting']} | {got['drawn']} | {got['clear']} | {got['other']} | "
             f"{got['median']:.2f}, {got['latest']:.2f} | {got['longest']:.1f} | {got['stuck']} |\n\n"
-            "The clients are threads of the server's own process, and share its one core.",
+            "The clients are threads of the server's own process, and share its one core: all of it took "
+            f"{got['cpu']:.1f} s of computing.",
         )
     else:
         from benchmarks.faults_fuzz import fuzz

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multilora.web import app as web
 from multilora.web.app import PAGES, build
 from multilora.web.service import Limits, Service
 
@@ -37,6 +38,28 @@ def test_every_public_endpoint_has_a_docstring_and_types_and_the_pages_own_event
 def test_there_is_a_tab_for_every_page(app):
     tabs = [block.label for block in app.blocks.values() if type(block).__name__ == "Tab"]
     assert [title for _, title, _ in PAGES] == [label for label in tabs if label in {title for _, title, _ in PAGES}]
+
+
+def test_gradio_has_a_thread_for_everyone_who_waits_and_more(monkeypatch):
+    """Its 40 threads and its own limit once held back those who were to hear that the server is busy."""
+    found = {}
+
+    class Blocks:
+        def queue(self, **options):
+            found.update(options)
+
+        def launch(self, **options):
+            found.update(options)
+            return None, "http://address", None
+
+    class Standing:
+        limits, workers = Limits(waiting=90), [1, 2]
+
+    monkeypatch.setattr(web, "build", lambda service: Blocks())
+    assert web.launch(Standing(), quiet=True)[1] == "http://address"
+    assert found["default_concurrency_limit"] is None
+    assert found["max_threads"] >= 2 * 92
+    assert found["quiet"]
 
 
 @pytest.mark.long
