@@ -10,7 +10,7 @@ other (the meta device has no fused one). tests/test_full_size.py holds both to 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,16 +206,17 @@ def llama_table(experts: int = 8, top: int = 2) -> list[str]:
 
 
 @torch.no_grad()
-def table() -> list[str]:
-    return [
+def tables() -> Iterator[list[str]]:
+    yield [
         "# LoRAs at full size\n\nMade by `python benchmarks/full_size.py` on the meta device, which says how.",
         f"Composite is of {K} LoRAs of rank {RANK} in one call of {2 * K} samples on the side, the texts' keys and "
         "values computed before.",
-        *unet_table("Stable Diffusion 1.5", {"sample_size": 64, **SD15}),
-        *unet_table("Stable Diffusion XL", SDXL),
-        *llama_table(),
     ]  # fmt: skip
+    yield unet_table("Stable Diffusion 1.5", {"sample_size": 64, **SD15})
+    yield unet_table("Stable Diffusion XL", SDXL)
+    yield llama_table()
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    for table in tables():
+        print("\n".join(table), flush=True)
