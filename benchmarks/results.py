@@ -198,6 +198,8 @@ def written(parts: dict[str, dict[str, Any]], end: str) -> str:
     """RESULTS.md."""
     first, second = HEAD.splitlines()
     absent = [name for name in scripts() if name not in parts]
+    tables = {name: Path(name.split()[0]).with_suffix(".md") for name in absent}
+    absent = [f"{n} (see {t})" if (ROOT / "benchmarks" / t).is_file() else n for n, t in tables.items()]
     also = f"Not measured here: {', '.join(absent)}.\n" if absent else ""
     table = [f"{line} {part.split()[0]} |" for part, each in parts.items() for line in each["lines"]]
     table.sort(key=lambda line: (len(line.split("|")[1]), line.split("|")[1]))
