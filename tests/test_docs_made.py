@@ -98,6 +98,42 @@ def test_the_published_testbed_would_be_drawn(tmp_path, capsys):
     assert f"{4 * 4 * 3} pictures: 4 methods, k = 2-5, 3 each, 200 steps" in said.err
 
 
+@pytest.mark.long
+def test_the_published_testbed_is_drawn_on_a_small_pipeline_of_its_class(tmp_path, capsys, monkeypatch):
+    """The reality half from the hub ids to the report; a small pipeline of random weights stands in their place."""
+    import diffusers
+
+    import multilora as ml
+    from tests import tiny
+
+    pipe, asked = tiny.sd15(), []
+    monkeypatch.setattr(
+        diffusers.AutoencoderKL, "from_pretrained", classmethod(lambda cls, name: asked.append(name) or pipe.vae)
+    )
+    monkeypatch.setattr(
+        diffusers.StableDiffusionPipeline, "from_pretrained",
+        classmethod(lambda cls, name, vae, safety_checker: asked.append(name) or pipe),
+    )  # fmt: skip
+    (tmp_path / "reality").mkdir()
+    listing = {c: [{"id": f"{c}_1", "name": c, "trigger": [f"a {c}"]}] for c in ("character", "style")}
+    (tmp_path / "reality_lora_info.json").write_text(json.dumps(listing))
+    for seed, category in enumerate(listing):
+        lora = tiny.lora_for(pipe, seed=seed, name=category, text_encoder=True)
+        ml.save(lora, tmp_path / "reality" / f"{category}_1.safetensors")
+    composlora.prepare(tmp_path)
+    assert asked == [composlora.DECODER, composlora.REALITY]
+    composlora.prepare(tmp_path)
+    assert len(asked) == 2  # it is there
+    monkeypatch.undo()
+    more = ["--k", "2", "--count", "1", "--steps", "2", "--size", "64x64", "--methods", "none,merge,composite"]
+    with pytest.raises(SystemExit) as exit_:
+        main(composlora.words(tmp_path, "reality", more))
+    said = capsys.readouterr()
+    assert not exit_.value.code, said.err
+    assert len(list((tmp_path / "evaluation_reality" / "pictures").glob("*.png"))) == 3
+    assert (tmp_path / "evaluation_reality" / "report.html").is_file()
+
+
 def test_fade_starts_with_the_first_lora_ends_with_the_last_and_never_leaves_a_gap():
     plan = custom_method.FADE(overlap=0.5)(["a", "b", "c"])
     rows = [plan(Moment(step, 60, 0.0, None, (1.0, 1.0, 1.0)))[0].row for step in range(60)]
