@@ -294,12 +294,14 @@ def main(what: str, *numbers: str) -> None:
         bad = got["found"]
         for item in got["found"][:50]:
             print(*item)
-        codes = ", ".join(f"{n} x {code}" for code, n in sorted(got["codes"].items()))
+        names = {0: "not sent (no legal address)", 1: "a stream that stays open"}
+        codes = ", ".join(f"{n} x {names.get(code, code)}" for code, n in sorted(got["codes"].items()))
         report(
             "Calls of any endpoint",
-            "| calls | seed | server errors, traces, paths, secrets, files outside (bar 0) | answers | minutes |\n"
-            f"|---|---|---|---|---|\n| {got['calls']:,} | {got['seed']} | {len(got['found'])} | {codes} | "
-            f"{got['seconds'] / 60:.1f} |",
+            "| calls | seed | server errors, traces, paths, secrets, files outside (bar 0) | gradio's errors "
+            "without words | answers | minutes |\n"
+            f"|---|---|---|---|---|---|\n| {got['calls']:,} | {got['seed']} | {len(got['found'])} | {got['mute']} | "
+            f"{codes} | {got['seconds'] / 60:.1f} |",
         )
     if bad:
         raise SystemExit(f"{what}: a bar is missed: {got}")

@@ -42,7 +42,9 @@ class Stub:
     def run(self, task: Task, emit: Any, cancel: Any) -> Answer:
         from PIL import Image
 
-        recipe = task.request.recipe
+        recipe = getattr(task.request, "recipe", None)
+        if recipe is None:
+            return Answer("failed", code="request", message=f"{task.request.action}: this stand-in draws only")
         for step in range(1, recipe.steps + 1):
             fault = fault_of(recipe, step)
             if fault == "die":
