@@ -14,7 +14,7 @@ from multilora.pipelines.text_load import load_text
 def test_what_is_asked_is_never_shown():
     groups = [loramoe.designs(i) for i in range(3)]
     assert sum(map(len, groups)) == len(set.union(*groups)) >= 15
-    shown = loramoe.samples(3000, 0) + loramoe.samples(3000, 1) + loramoe.samples(3000, loramoe.SEEDS)
+    shown = loramoe.samples(3000, 0) + loramoe.samples(3000, 1) + loramoe.samples(3000, loramoe.CHOICE_SEED)
     prompts = {e.prompt for e in shown}
     for part in (1, 2):
         asked = loramoe.recall(part)
@@ -84,8 +84,9 @@ def test_verdicts_follow_the_numbers(tmp_path, lora, bound, held, words):
     if held:
         said = loramoe.tables(journal)
         assert "0.450 | 0.550" in said
-        assert "20 of 20" in said
-        assert "4 of 20" in said
+        seeds = loramoe.SEEDS
+        assert f"{10 * seeds} of {10 * seeds}" in said
+        assert f"{2 * seeds} of {10 * seeds}" in said
         assert loramoe.figure(journal).height > 300
 
 
