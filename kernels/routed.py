@@ -318,12 +318,11 @@ def add_each(
     inplace write into y (when it is contiguous) instead of a new tensor
     returns [..., out]
     """
-    inplace = inplace and y.is_contiguous()
-    total = y.reshape(-1, y.shape[-1])
+    total, own = y.reshape(-1, y.shape[-1]), inplace and y.is_contiguous()
     for h, up, weight in zip(hs, ups, weights, strict=True):
-        total = total.addmm_(h, up, alpha=weight) if inplace else torch.addmm(total, h, up, alpha=weight)
-        inplace = True
-    return total.view(y.shape)
+        total = total.addmm_(h, up, alpha=weight) if own else torch.addmm(total, h, up, alpha=weight)
+        own = True
+    return y if inplace and y.is_contiguous() else total.view(y.shape)
 
 
 def add_folded_conv(
