@@ -1,6 +1,6 @@
 """How near the stale route methods come to the exact ones, on final latents of the embedded world.
 
-    OMP_NUM_THREADS=1 python benchmarks/stale.py [--prompts 64] [--split test] [--tune] [--journal FILE]
+    OMP_NUM_THREADS=1 python benchmarks/stale.py [--prompts 64] [--split test] [--rows 2 1] [--tune] [--journal FILE]
 
 A prompt has two to five LoRAs of the split, in turn, and its own noise. For each sampler it is drawn without LoRAs, by
 the exact method, and by its stale form; the ratio is
@@ -8,7 +8,7 @@ the exact method, and by its stale form; the ratio is
     ||stale - exact|| / ||exact - base||         of the final latents.
 
 What is in the journal is not drawn again: stop it and go on at any time. The table of all that is there is written to
-benchmarks/stale.md after each prompt. --tune draws a grid of `extrapolate` on the train split.
+benchmarks/stale.md after each prompt. --tune draws a grid of settings on the train split.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "stale.md"
 STEPS, GUIDANCE, SEED = 50, 3.0, 9000
 EXACT = {"stale_sum": "sum_of_differences", "stale_composite": "composite"}
-DEFAULT = 0.75
-GRID = (0.0, 0.5, 0.75, 1.0)
+DEFAULT = {"extrapolate": 0.75}
+GRID = (
+    *({"extrapolate": x} for x in (0.0, 0.5, 0.75, 1.0)),
+    *({"extrapolate": 0.75, "exact": share} for share in (0.1, 0.2)),
+)
 
 
 def prompts(split: str, count: int) -> list[tuple[str, tuple[str, ...]]]:
@@ -101,7 +104,7 @@ def table(entries: list[dict]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for (name, method, options), found in sorted(cells.items()):
         ratios = [e["ratio"] for e in found]
-        error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
+        error = f" ± {statistics.stdev(ratios) / len(ratios) ** 0.5:.3f}" if len(ratios) > 1 else ""
         by_k = []
         for k in (2, 3, 4, 5):
             some = [e["ratio"] for e in found if e["k"] == k]
@@ -110,7 +113,7 @@ def table(entries: list[dict]) -> list[str]:
         cost = statistics.mean(e["rows"] for e in found), statistics.mean(e["exact_rows"] for e in found)
         pace = sum(e["seconds"] for e in found) / sum(e["exact_seconds"] for e in found)
         lines.append(
-            f"| {name} | {method} | {told} | {' | '.join(by_k)} | {statistics.mean(ratios):.3f} ± {error:.3f} | "
+            f"| {name} | {method} | {told} | {' | '.join(by_k)} | {statistics.mean(ratios):.3f}{error} | "
             f"{max(ratios):.3f} | {cost[0]:.2f} for {cost[1]:.2f} | {pace:.2f} | {len(found)} |"
         )
     return lines
@@ -125,7 +128,9 @@ def write(journal: Journal) -> None:
         "`merge` is measured against the sum of differences: what one run a step is without reuse.\n",
     ]
     for part, title in (("test", "LoRAs of the test split, default settings"), ("train", "LoRAs of the train split"),
-                        ("tune", "Settings, on the train split")):  # fmt: skip
+                        ("tune", "Settings, on the train split"),
+                        ("earlier", "Before commit 8270ee8, the base in every step of two rows: test split"),
+                        ("earlier_train", "Before commit 8270ee8: train split")):  # fmt: skip
         entries = journal.of(part)
         if entries:
             text += [f"## {title}\n", *table(entries), ""]
@@ -137,6 +142,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--samplers", nargs="+", default=["DPM++", "Euler"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 1], help="1 also draws merge, to compare")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--journal", type=Path, default=ROOT / "out" / "stale.jsonl")
     asked = parser.parse_args()
@@ -145,8 +151,9 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     split = "train" if asked.tune else asked.split
     grid = GRID if asked.tune else (DEFAULT,)
-    runs = [(m, {"rows": r, "extrapolate": x}) for m in EXACT for r in (2, 1) for x in grid]
-    runs.append(("merge", {}))
+    runs = [(m, {"rows": r, **own}) for m in EXACT for r in asked.rows for own in grid]
+    if 1 in asked.rows:
+        runs.append(("merge", {}))
     for index, (prompt, chosen) in enumerate(prompts(split, asked.prompts)):
         for name in asked.samplers:
             measure(pipe, journal, "tune" if asked.tune else split, prompt, chosen, SEED + index, name, runs)
