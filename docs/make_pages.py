@@ -42,7 +42,7 @@ WHEN = {
     "mole": "one set of LoRAs is used again and again, so that training a gate pays",
     "arrow": "many LoRAs and nothing known about which fits where",
     "token_switch": "language models: one route for all layers of a token",
-    "loramoe": "language models: new experts for a task, with less forgetting in mind",
+    "loramoe": "language models: experts trained together on new data; here they did not forget less than one LoRA",
 }
 
 
