@@ -160,7 +160,8 @@ def scripts() -> dict[str, Callable[[], Iterable[Row]]]:
         for part in ("composite", "switch", "all_in_one_sample", "compute_bound")
     }
     others = {"flip.py": flipping, "merge.py": merging, "merge_elementwise.py": ties, "decoding.py": decoding}
-    return counts | timed | others
+    found = counts | timed | others
+    return {part: rows for part, rows in found.items() if (ROOT / "benchmarks" / part.split()[0]).is_file()}
 
 
 def gpu() -> str:
@@ -199,8 +200,11 @@ def written(parts: dict[str, dict[str, Any]], end: str) -> str:
     first, second = HEAD.splitlines()
     absent = [name for name in scripts() if name not in parts]
     tables = {name: Path(name.split()[0]).with_suffix(".md") for name in absent}
-    absent = [f"{n} (see {t})" if (ROOT / "benchmarks" / t).is_file() else n for n, t in tables.items()]
     also = f"Not measured here: {', '.join(absent)}.\n" if absent else ""
+    for name, table in tables.items():  # a script's own run, where there is one, says of its goals
+        if (ROOT / "benchmarks" / table).is_file():
+            said = [line for line in (ROOT / "benchmarks" / table).read_text().splitlines() if line.startswith("Goal")]
+            also += "".join(f"\n- {table}, {name}'s own run: {line}" for line in said)
     table = [f"{line} {part.split()[0]} |" for part, each in parts.items() for line in each["lines"]]
     table.sort(key=lambda line: (len(line.split("|")[1]), line.split("|")[1]))
     return "\n".join([
