@@ -37,7 +37,7 @@ from multilora.pipelines.text_load import text_lora
 SIZES = (128, 512, 2048, 6144)
 TASKS = ("reverse", "sort", "next", "double", "korvish", "swap")
 KNOWLEDGE = 0.05  # share of the fine-tuning samples that are facts
-SEEDS, BATCH = 1, 32
+SEEDS, BATCH = 2, 32
 RATES = (1e-3, 4e-3, 1.6e-2)  # chosen from on data of the second size, by other designs and training prompts
 CHOICE_SEED = 2  # of those data
 EXPERTS, RANK = 6, 4
@@ -215,8 +215,8 @@ def tables(journal: Journal) -> str:
         f"what is recalled). Tasks: {', '.join(TASKS)}, held-out prompts. Samples: one epoch, one in "
         f"{round(1 / KNOWLEDGE)} a fact about {len(designs(0))} other designs. All on the feed-forward linears: one "
         f"LoRA of rank {LORA_RANK} against {EXPERTS} experts of rank {RANK} with their routers, as many parameters. "
-        f"Training seeds: {len(cells(journal, LORA, SIZES[0]))}; intervals are over questions, and know nothing of "
-        "what another seed would give.",
+        f"Training seeds: {len(cells(journal, LORA, SIZES[0]))}, pooled; intervals are over questions, and know "
+        "little of what another seed would give.",
         table(["trained", "samples", "closed-book recall", "tasks"], rows),
         f"Learning rates, chosen at {SIZES[1]} samples by recall of {len(designs(1))} further designs and by training "
         "prompts of the tasks (recall and tasks of each). The grid is coarse, and how much is forgotten goes with the "
