@@ -215,7 +215,7 @@ def written(parts: dict[str, dict[str, Any]], end: str) -> str:
         "of one way against itself, round by round; a bound inside this spread around what was measured is met. One "
         "layer stands for a set where a whole one takes PEFT long; whole sets are in merge.md and "
         "merge_elementwise.md.\n",
-        f"{first} script |", f"{second}---|", *table, f"\n{also}\n{end}\n",
+        f"{first} script |", f"{second}---|", *table, f"\n{also.rstrip()}\n\n{end}\n",
         "| part | on | CPU seconds | machine, and its load at the end |", "|---|---|---|---|",
         *(f"| {part} | {each['date']} | {each['seconds']} | {each['machine']} |" for part, each in parts.items()), "",
     ])  # fmt: skip
