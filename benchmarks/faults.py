@@ -178,7 +178,7 @@ def main(what: str, *numbers: str) -> None:
         text = (
             "| mutants | of 2,000,000 | seed | admitted | crashes, hangs, state changes (bar 0) | slowest, CPU s | "
             "most growth, MB | cores | minutes |\n|---|---|---|---|---|---|---|---|---|\n"
-            f"| {got['count']:,} | {got['count'] / 2e6:.0%} | {got['seed']} | {got['accepted']:,} | "
+            f"| {got['count']:,} | {got['count'] / 2e6:.2%} | {got['seed']} | {got['accepted']:,} | "
             f"{len(got['found'])} | {got['slowest']:.2f} | {got['grown'] / 2**20:.0f} | {got['cores']} | "
             f"{got['seconds'] / 60:.1f} |"
         )
