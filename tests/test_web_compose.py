@@ -234,7 +234,7 @@ def test_the_command_line_is_read_back_as_the_recipe(recipe):
     assert (name, verb) == ("multilora", "compose")
     assert found["prompt"] == recipe.prompt
     assert found["lora"] == ["korv:0@0,1@0.5", "poncho=dotta:-0.75"]
-    assert (found["method"], found["option"]) == ("switch", ["every=3", "schedule=paper"])
+    assert (found["method"], found["option"]) == ("switch", ["every=3", "schedule=paper", "compensate=0.0"])
     assert (found["block"], found["mask"]) == (["korv:mid=0.5"], ["korv=korv-mask.png"])
     assert (found["text_weight"], found["positive_only"]) == (["korv=0.25"], ["korv"])
     assert (found["seed"], found["steps"], found["guidance"], found["size"]) == (12, 5, 2.5, "8x8")
