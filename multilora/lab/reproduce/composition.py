@@ -32,7 +32,7 @@ def measure(bench: Bench) -> None:
     small = bench.size.seeds == 1
     measure_world(
         assets(), where(bench.journal).path, count=1 if small else COUNT, parts=("composition",),
-        ks=(2, 5) if small else (2, 3, 4, 5), steps=2 if small else None, echo=bench.echo,
+        ks=(2, 5) if small else (2, 3, 4, 5), steps=5 if small else None, echo=bench.echo,
     )  # fmt: skip
 
 
