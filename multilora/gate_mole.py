@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multilora.gates import Gate, setting, tensor
+from multilora.gates import Gate, heads_in, setting, tensor
 from multilora.lora import Lora
 from multilora.method import unknown
 from multilora.routing import Asked, Layer, Uniform, normalised
@@ -118,14 +118,8 @@ class MoleGate:
         """From a gate file, for a set of its LoRAs (None: all). Raises ValueError naming file and field."""
         gate.need("mole")
         order = None if loras is None else gate.order(loras)
-        heads: dict[str, tuple[str, int]] = {}
-        for group, head in setting(gate, "heads", dict).items():
-            fits = isinstance(head, list) and len(head) == 2 and isinstance(head[0], str) and type(head[1]) is int
-            if not fits or head[1] < 1:
-                raise ValueError(f"gate {gate.source}: setting heads[{group!r}] is {head!r:.60}, wanted [path, width]")
-            heads[group] = (head[0], head[1])
         made = cls(
-            heads,
+            heads_in(gate),
             {},
             len(gate.loras),
             per=setting(gate, "per", str, PER),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multilora.gate_mole import PER, group_of
-from multilora.gates import Gate, setting, tensor
+from multilora.gates import Gate, heads_in, setting, tensor
 from multilora.lora import Lora
 from multilora.routing import Layer, Uniform, normalised, top
 from multilora.token_route import TokenRoute
@@ -86,16 +86,10 @@ class TokenSwitchGate:
         """From a gate file, for a set of its LoRAs (None: all). Raises ValueError naming file and field."""
         gate.need("token_switch")
         order = None if loras is None else gate.order(loras)
-        heads: dict[str, tuple[str, int]] = {}
-        for group, head in setting(gate, "heads", dict).items():
-            fits = isinstance(head, list) and len(head) == 2 and isinstance(head[0], str) and type(head[1]) is int
-            if not fits or head[1] < 1:
-                raise ValueError(f"gate {gate.source}: setting heads[{group!r}] is {head!r:.60}, wanted [path, width]")
-            heads[group] = (head[0], head[1])
         top_k, per = setting(gate, "top_k", int), setting(gate, "per", str, PER)
         if top_k < 1:
             raise ValueError(f"gate {gate.source}: setting top_k is {top_k}, wanted at least 1")
-        made = cls(heads, {}, len(gate.loras), top_k=top_k, per=per, order=order)
+        made = cls(heads_in(gate), {}, len(gate.loras), top_k=top_k, per=per, order=order)
         for name, shape in made.shapes().items():
             made.tensors[name] = tensor(gate, name, *shape)
         return made

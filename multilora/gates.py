@@ -180,6 +180,17 @@ def setting(gate: Gate, name: str, kind: type | tuple[type, ...], allowed: Seque
     return value
 
 
+def heads_in(gate: Gate) -> dict[str, tuple[str, int]]:
+    """Group -> (path of the layer that its gate looks at, width), of the setting "heads". Raises ValueError."""
+    heads: dict[str, tuple[str, int]] = {}
+    for group, head in setting(gate, "heads", dict).items():
+        fits = isinstance(head, list) and len(head) == 2 and isinstance(head[0], str) and type(head[1]) is int
+        if not fits or head[1] < 1:
+            raise ValueError(f"gate {gate.source}: setting heads[{group!r}] is {head!r:.60}, wanted [path, width]")
+        heads[group] = (head[0], head[1])
+    return heads
+
+
 def tensor(gate: Gate, name: str, *shape: int) -> Tensor:
     """One of a gate's tensors. Raises ValueError naming file and tensor when it is missing or of another shape."""
     found = gate.tensors.get(name)

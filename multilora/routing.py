@@ -173,6 +173,15 @@ class Uniform:
     def head(self, group: str) -> None:
         return None
 
+    def asked(
+        self,
+        weights: Sequence[float] | None = None,
+        time: float | Tensor | None = None,
+        live: Sequence[bool] | None = None,
+    ) -> Asked:
+        """The router for one run of the model, as the gates have it."""
+        return Asked(self, weights, time, live)
+
     def shares(self, layer: Layer) -> Tensor:
         live = torch.tensor(layer.live, dtype=torch.promote_types(layer.y.dtype, torch.float32), device=layer.y.device)
         return live / live.sum()

@@ -24,11 +24,11 @@ def loramoe(loras, *, gate: Annotated[str, Opt("file of the routers of these LoR
     """
     from multilora.gate_loramoe import LoramoeGate
     from multilora.gates import read_gate
-    from multilora.routing import Asked, Uniform
+    from multilora.routing import Uniform
 
     router = LoramoeGate.of(read_gate(gate), loras) if gate else Uniform()
 
     def plan(moment: Moment) -> list[Pass]:
-        return [Pass(Asked(router, moment.weights, moment.t))]
+        return [Pass(router.asked(moment.weights, moment.t))]
 
     return plan

@@ -29,14 +29,12 @@ def mole(
     """
     from multilora.gate_mole import MoleGate, masked
     from multilora.gates import read_gate
-    from multilora.routing import Asked, Uniform
+    from multilora.routing import Uniform
 
-    router = MoleGate.of(read_gate(gate), loras) if gate else None
+    router = MoleGate.of(read_gate(gate), loras) if gate else Uniform()
     live = masked([lora.card.name for lora in loras], mask) if mask else None
 
     def plan(moment: Moment) -> list[Pass]:
-        if router is None:
-            return [Pass(Asked(Uniform(), moment.weights, moment.t, live))]
         return [Pass(router.asked(moment.weights, moment.t, live))]
 
     return plan

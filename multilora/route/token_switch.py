@@ -31,14 +31,12 @@ def token_switch(
     from multilora.gate_mole import masked
     from multilora.gate_token_switch import TokenSwitchGate
     from multilora.gates import read_gate
-    from multilora.routing import Asked, Uniform
+    from multilora.routing import Uniform
 
-    router = TokenSwitchGate.of(read_gate(gate), loras) if gate else None
+    router = TokenSwitchGate.of(read_gate(gate), loras) if gate else Uniform()
     live = masked([lora.card.name for lora in loras], mask) if mask else None
 
     def plan(moment: Moment) -> list[Pass]:
-        if router is None:
-            return [Pass(Asked(Uniform(), moment.weights, moment.t, live))]
         return [Pass(router.asked(moment.weights, moment.t, live))]
 
     return plan

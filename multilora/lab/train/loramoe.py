@@ -11,7 +11,6 @@ What a step draws belongs to (seed, step), so a resumed run gives the bits of an
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from multilora.attach import Bank, attached
 from multilora.gate_loramoe import NO_TYPE, TYPES, LoramoeGate, experts_folder, experts_of, halves, localised_balance
 from multilora.gates import Gate, named, write_gate
 from multilora.lab.train import adapt
-from multilora.lab.train.gates import Texts
+from multilora.lab.train.gates import Texts, recipe_of
 from multilora.lab.train.loop import Order, Steps
 from multilora.lab.train.lora import Trained
 from multilora.lab.train.seeds import mixed_seed
@@ -106,7 +105,7 @@ def train(
             run = LoramoeRun(job, gate, bank, fresh, types, settings, bound, accelerator, out)
             losses, _ = run.steps(resume, checkpoint_every, 0, (), progress, cancel, say)
     if accelerator.is_main_process:
-        _write(job, gate, fresh, out, _recipe(settings, job, base, losses))
+        _write(job, gate, fresh, out, recipe_of(settings, job, base, losses, __name__))
         run.checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     seconds = time.monotonic() - began
@@ -208,18 +207,3 @@ def _write(job: Texts, gate: LoramoeGate, experts: Sequence[Lora], out: Path, re
         loaded.append(text_lora(job.model, path))
     tensors = {name: t.detach().cpu().clone() for name, t in gate.tensors.items()}
     write_gate(Gate("loramoe", named(loaded), tensors, gate.settings(), recipe), out)
-
-
-def _recipe(settings: dict[str, Any], job: Texts, base: Any, losses: list[float]) -> dict[str, Any]:
-    """What the files say about their making."""
-    last = losses[-20:]
-    packages = ("torch", "transformers", "accelerate")
-    return {
-        "trainer": "multilora.lab.train.loramoe",
-        "base": str(base) if isinstance(base, (str, Path)) else type(job.model).__name__,
-        "architecture": text_family(job.model),
-        "settings": settings,
-        "learned_from": f"{len(job)} {job.what}",
-        "final_loss": round(sum(last) / len(last), 5) if last else None,
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-    }
