@@ -86,6 +86,14 @@ def map_of_picture(
             ).images[0]  # fmt: skip
     finally:
         pipe.scheduler = own
+    return map_of_runs(loras, bound, runs, image)
+
+
+def map_of_runs(loras: Sequence[Lora], bound: Bound, runs: Sequence[Sequence[Seen]], image: Any = None) -> GateMap:
+    """The map of a picture that was drawn by the first of `multilora.trace.traced(bound)`; runs is the second.
+
+    Raises ValueError for a method that asks no gate.
+    """
     seen = by_step(_drawn(runs, bound))
     rows = [dict(zip(a.shares, mean_shares(a.shares), strict=True)) for a in _asked(seen)]
     return _gathered(loras, rows, [str(one.step) for one in seen], "step", image)

@@ -11,7 +11,8 @@ import gradio as gr
 from multilora.method import methods
 from multilora.recipe import Recipe
 from multilora.web import history, words
-from multilora.web.endpoints import endpoint
+from multilora.web.endpoints import endpoint, telling
+from multilora.web.said import followed
 from multilora.web.service import GateMap, Refused
 from multilora.web.shell import Shell
 
@@ -44,8 +45,9 @@ class MapOfGate:
         session = self.shell.session(request)
         try:
             recipe = history.kept(session, name).recipe
-            yield {self.said: words.status("drawing it once more", "busy")}
-            result = self.shell.service.submit(GateMap(recipe=unresolved(recipe)), session).result()
+            job = self.shell.service.submit(GateMap(recipe=unresolved(recipe)), session)
+            going = followed(job, "drawing it once more")
+            result = yield from telling(going, lambda line: {self.said: words.status(line, "busy")})
         except ValueError as error:
             yield {self.said: words.status(str(error), "error")}
             return

@@ -44,20 +44,35 @@ def gram(engine: Any, call: Any) -> Result:
 @action("gate_map")
 def gate_map(engine: Any, call: Any) -> Result:
     """A recipe drawn once more, with what its gate answers in every layer at every step (multilora.lab.gate_map)."""
-    from multilora.lab.gate_map import draw_map, map_of_picture
+    from multilora.lab.gate_map import draw_map, map_of_runs
     from multilora.method import resolve
     from multilora.recipe import save_png
+    from multilora.trace import traced
 
     recipe, path = call.request.recipe, Path(call.task.folder) / "gate-map.png"
     engine.hold(recipe.base)
-    if any(isinstance(use.weight, str) or use.mask_sha256 or use.blocks for use in recipe.loras):
-        raise ValueError("a gate's map is of LoRAs with plain weights: take schedules, masks and block weights out")
-    loras = [engine.lora(call.task.places[use.reference]) for use in recipe.loras]
+    if recipe.pictures or any(use.mask_sha256 for use in recipe.loras):
+        raise ValueError("a gate's map is of a picture from a prompt alone: take masks and input pictures out")
+    composer = engine.composer()
+    for use in recipe.loras:
+        composer.add(
+            engine.lora(call.task.places[use.reference]), name=use.name, weight=use.weight, blocks=use.blocks or None,
+            text_encoder_weight=use.text_encoder_weight, positive_only=use.positive_only,
+        )  # fmt: skip
     bound = resolve("route", recipe.method, **recipe.options)
-    found = map_of_picture(
-        engine.pipe, loras, bound, recipe.prompt, weights=[float(use.weight) for use in recipe.loras],
-        seed=recipe.seed + recipe.index, steps=recipe.steps, guidance=recipe.guidance_scale,
+    watched, runs = traced(bound)
+
+    def progress(step: int, steps: int, info: dict) -> None:
+        call.emit(Event("progress", step=step, steps=steps))
+
+    made = composer(
+        recipe.prompt, recipe.negative_prompt or None, watched, seed=recipe.seed + recipe.index,
+        num_inference_steps=recipe.steps, guidance_scale=recipe.guidance_scale, width=recipe.width,
+        height=recipe.height, scheduler=recipe.scheduler, text_encoder=recipe.text_encoder, scale=recipe.scale,
+        progress=progress, cancel=call.cancel,
     )  # fmt: skip
+    loras = [member.lora for member in composer.loras.values()]
+    found = map_of_runs(loras, bound, runs, made.images[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(draw_map(found, title=f"What {recipe.method} does", subtitle=recipe.prompt), path)
     facts = {"strongest": found.strongest, "sharpest": found.sharpest, "names": list(found.names)}
