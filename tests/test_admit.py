@@ -17,7 +17,7 @@ from multilora.admit import Limits, admit, shown
 from multilora.bases import base_of
 from tests import bad_files, bad_loras, tiny
 
-_CPU_SECONDS, _SECONDS = 2.0, 60.0  # of one case; the second only catches a wait, the machine may be busy
+_CPU_SECONDS, _SECONDS = 10.0, 120.0  # of one case, of 2 s at most on a slow machine; a quadratic search takes minutes
 
 
 @contextlib.contextmanager
@@ -182,7 +182,7 @@ def test_too_many_tensors(world, tmp_path):
 
 
 def test_as_many_tensors_as_are_allowed_take_no_time_that_grows_with_their_square(world, tmp_path):
-    """2 s of computing stop this test: an early version took minutes for 10,000 layers."""
+    """10 s of computing stop this test: an early version took minutes for 10,000 layers."""
     layers = {f"a{i}.{end}.weight": torch.ones(1, 1) for i in range(9_999) for end in ("lora_A", "lora_B")}
     path = tmp_path / "bad.safetensors"
     path.write_bytes(bad_files.pack(*bad_files.header_of(layers)))
