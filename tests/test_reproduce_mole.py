@@ -3,7 +3,22 @@
 import pytest
 import torch
 
-from multilora.lab.reproduce.mole import GATES, MOST, gate_scene, main, shares_of, tables
+from multilora.lab.reproduce import page
+from multilora.lab.reproduce.mole import (
+    BASE,
+    EXPERIMENT,
+    FULL,
+    GATES,
+    MOST,
+    PAPER,
+    SHARED,
+    WAYS,
+    gate_scene,
+    main,
+    shares_of,
+    tables,
+    verdict,
+)  # fmt: skip
 from multilora.lab.world.caption import caption
 from multilora.lab.world.report import Journal, composed_scene, sets
 from multilora.plan import Pass
@@ -62,3 +77,54 @@ def test_the_tables(tmp_path):
 def test_every_test_set_has_k_loras_and_no_category_twice():
     assert [len(sets("test", k)) for k in (2, 3, 4, 5)] == [10, 18, 14, 4]
     assert len(GATES) == 4
+
+
+def made_up(path, found, generic=(4, 3)):
+    """A journal of 6 batches of each cell, k = 2 and 3: elements found of 12, generic ones (base, others) of 5."""
+    journal = Journal(path)
+    for k in (2, 3):
+        for cell, count in found.items():
+            for i in range(6):
+                journal.add(
+                    f"picture/{cell}/set{i}+{k}/0+4", cell=cell, set=list(CHOSEN[:k]), found=count + i % 2, asked=12,
+                    pictures=4, complete=0, elements={}, clip=[50.0], shares=[0.5, 0.3, 0.2],
+                    generic=[generic[0] if cell == BASE else generic[1], 5],
+                )  # fmt: skip
+    return journal
+
+
+@pytest.mark.parametrize(("gate", "held"), [(9, True), (7, False), (4, False)])
+def test_the_verdict_follows_the_numbers(tmp_path, gate, held):
+    """Against the best of the grid (8 of 12), not against weight 1 (6), and not where k = 2 alone would do."""
+    found = {BASE: 0, FULL: 6, "merge, weight 0.8": 8, SHARED: 3, PAPER: gate, f"mole, {WAYS[2]}": 10}
+    journal = made_up(tmp_path / "world" / "mole.jsonl", {**found, f"mole, {WAYS[1]}": gate})
+    holds, why = verdict(journal)
+    assert holds is held
+    assert f"the paper's gate against the best Merge {(gate - 8) / 12:+.2f}" in why
+    assert "the prompt's other elements -0.20" in why
+    assert "weight 1/k against weight 1 -0.25" in why
+    assert "the strongest LoRA's share 0.50 (paper: row sums to 1), 0.50 (no balance)" in why
+    assert EXPERIMENT.figure(journal).height > 300
+    assert EXPERIMENT.where(Journal(tmp_path / "text" / "report.jsonl")).lines == journal.lines
+    assert [one.name for one in page.measured(Journal(tmp_path / "text" / "report.jsonl"))] == ["mole"]
+
+
+def test_without_every_comparison_nothing_holds(tmp_path):
+    journal = made_up(tmp_path / "world" / "mole.jsonl", {FULL: 6, SHARED: 3, PAPER: 9})
+    assert verdict(journal)[0] is False
+
+
+@pytest.mark.long
+def test_a_small_run_fills_every_cell_and_goes_on(tmp_path):
+    from multilora.lab.reproduce import mole
+    from multilora.lab.reproduce.bench import SMOKE, Bench
+
+    bench = Bench(None, None, Journal(tmp_path / "text" / "report.jsonl"), tmp_path / "work", SMOKE)
+    mole.measure(bench)
+    journal = EXPERIMENT.where(bench.journal)
+    lines = dict(journal.lines)
+    assert {len(e["set"]) for e in journal.of("picture")} == {2, 3}
+    assert {PAPER, BASE, SHARED, FULL} < {e["cell"] for e in journal.of("picture")}
+    assert verdict(journal)[1].count("against") == 5
+    mole.measure(bench)
+    assert EXPERIMENT.where(bench.journal).lines == lines

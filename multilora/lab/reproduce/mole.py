@@ -7,7 +7,8 @@ says, and kept in the work folder. Then pictures of the report's held-out prompt
 read by recogniser B, which no training sees: the LoRAs' elements, the generic elements that the prompt names as well
 (the paper's motivation: does the base's own prompt following suffer?), and the CLIP score. One line of the journal per
 finished piece: run again to go on. benchmarks/weigh_pictures.py draws the same prompts and seeds for LoRAHub and
-learned weights; its journal's cells stand in the same table with --also.
+learned weights; its journal's cells stand in the same table with --also. `multilora reproduce mole` draws the first
+SETS sets of each k and the first EACH pictures of each.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from multilora import files
+from multilora.lab.reproduce import bench as texts
+from multilora.lab.result_chart import Point, draw_lines
 from multilora.lab.train.gates import train
 from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
@@ -46,6 +50,10 @@ GATES: Mapping[str, tuple[bool, dict[str, Any]]] = {
     "own predictions": (False, {"sums": "one"}),
     "row sums to k": (True, {"sums": "count"}),
 }
+WAYS = ("paper: row sums to 1", "no balance", "row sums to k")  # those that the claims are about
+PAPER = f"mole, {WAYS[0]}"
+BASE, FULL, SHARED = "no LoRA, prompt only", "merge, weight 1", "merge, weight 1/k"
+SETS, EACH = 4, 8
 SETTINGS = {"per": "layer", "steps": 150, "draws": 4, "lr": 3e-4, "checkpoint_every": 50}
 
 
@@ -146,13 +154,13 @@ def shares_of(runs: Sequence[Any]) -> list[float] | None:
     return [round(v, 4) for v in torch.stack(means).mean(0).tolist()] if means else None
 
 
-def measure(bench: Bench, chosen: Sequence[str], count: int, ways: Sequence[str]) -> None:
+def measure_set(bench: Bench, chosen: Sequence[str], count: int, ways: Sequence[str]) -> None:
     """Every cell of one set; what the journal holds is not measured again."""
     merge, k = resolve("route", "merge"), len(chosen)
-    bench.cell("no LoRA, prompt only", chosen, count, merge, 0.0, chosen)
+    bench.cell(BASE, chosen, count, merge, 0.0, chosen)
     for weight in GRID:
         bench.cell(f"merge, weight {weight:g}", chosen, count, merge, weight, chosen)
-    bench.cell("merge, weight 1/k", chosen, count, merge, 1 / k, chosen)
+    bench.cell(SHARED, chosen, count, merge, 1 / k, chosen)
     for way in ways:
         mole = resolve("route", "mole", gate=str(bench.gate(chosen, way)))
         bench.cell(f"mole, {way}", chosen, count, mole, 1.0, chosen)
@@ -170,12 +178,10 @@ def tables(journal: Journal, also: Sequence[Journal] = ()) -> str:
     for k in sorted({len(e["set"]) for e in entries}):
         here = [e for e in entries if len(e["set"]) == k]
         cells = {name: [e for e in here if e["cell"] == name] for name in dict.fromkeys(e["cell"] for e in here)}
-        grid = {n: c for n, c in cells.items() if n.startswith("merge, weight") and "1/k" not in n}
-        if grid:
-            best = max(grid, key=lambda n: _sum(grid[n], "found") / max(1, _sum(grid[n], "asked")))
-            cells[f"merge, best weight of the grid by B ({best.rpartition(' ')[2]})"] = grid[best]
+        if best := best_of_grid(cells):
+            cells[f"merge, best weight of the grid by B ({best.rpartition(' ')[2]})"] = cells[best]
         rows = [[name, str(_sum(c, "pictures")), share(_sum(c, "found"), _sum(c, "asked")),
-                 share(_sum(c, "complete"), _sum(c, "pictures")), _generic(c), _clip(c), _strongest(c)]
+                 share(_sum(c, "complete"), _sum(c, "pictures")), _generic(c), _clip(c), _largest_share(c)]
                 for name, c in cells.items() if "masked out" not in name]  # fmt: skip
         head = ["weights", "pictures", "elements present", "all present", "generic elements of the prompt"]
         head += ["CLIP score", "strongest LoRA's share"]
@@ -185,6 +191,12 @@ def tables(journal: Journal, also: Sequence[Journal] = ()) -> str:
             rows = [_masked(name, c, cells) for name, c in masked.items()]
             parts.append(table(["masked out", "its element", "the others", "the others without masking"], rows))
     return "\n\n".join(parts)
+
+
+def best_of_grid(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
+    """The Merge whose weight recogniser B likes best afterwards: a limit that no honest choice exceeds."""
+    grid = [name for name in cells if name.startswith("merge, weight") and name != SHARED]
+    return max(grid, key=lambda n: _sum(cells[n], "found") / max(1, _sum(cells[n], "asked")), default=None)
 
 
 def _sum(entries: Sequence[Mapping[str, Any]], field: str) -> int:
@@ -201,7 +213,12 @@ def _clip(entries: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(scores) / len(scores):.1f}" if scores else ""
 
 
-def _strongest(entries: Sequence[Mapping[str, Any]]) -> str:
+def _strongest(journal: Journal, cell: str) -> str:
+    """_largest_share of a cell, k of 3 and more."""
+    return _largest_share([e for e in journal.of("picture") if e["cell"] == cell and len(e["set"]) >= 3])
+
+
+def _largest_share(entries: Sequence[Mapping[str, Any]]) -> str:
     """Mean over the sets' batches of the largest mean share."""
     found = [max(e["shares"]) for e in entries if e.get("shares")]
     return f"{sum(found) / len(found):.2f}" if found else ""
@@ -218,6 +235,85 @@ def _masked(name: str, entries: Sequence[Mapping[str, Any]], cells: Mapping[str,
 
     own = sum(e["elements"][e["set"][at]] for e in entries)
     return [name, share(own, _sum(entries, "pictures")), others(entries), others(whole)]
+
+
+def where(journal: Journal) -> Journal:
+    """The journal of these pictures beside that of texts: world/mole.jsonl."""
+    return Journal(journal.path.parents[1] / "world" / "mole.jsonl")
+
+
+def measure(bench: texts.Bench) -> None:
+    small = bench.size.seeds == 1
+    own = Bench(where(bench.journal).path, bench.work / "mole", **({"steps": 4, "train_steps": 2} if small else {}))
+    for k in (2, 3) if small else (2, 3, 4, 5):
+        for chosen in sets("test", k)[: 1 if small else SETS]:
+            measure_set(own, chosen, CHUNK if small else EACH, WAYS)
+
+
+def by_k(journal: Journal) -> dict[int, dict[str, dict[str, dict[str, Any]]]]:
+    """k -> cell -> set and place -> entry."""
+    found: dict[int, dict[str, dict[str, dict[str, Any]]]] = {}
+    for entry in journal.of("picture"):
+        place = entry["key"].removeprefix(f"picture/{entry['cell']}/")
+        found.setdefault(len(entry["set"]), {}).setdefault(entry["cell"], {})[place] = entry
+    return dict(sorted(found.items()))
+
+
+def _gains(cells: Mapping[str, Mapping[str, Any]], name: str, base: str, generic: bool = False) -> list[float]:
+    """A cell's share of elements (or of generic ones asked for) less another's, batch by batch on the same noise."""
+
+    def rate(entry: Mapping[str, Any]) -> float:
+        return texts.rate(entry["generic"] if generic else (entry["found"], entry["asked"]))
+
+    ours, theirs = cells.get(name, {}), cells.get(base, {})
+    asked = [p for p in ours if p in theirs and (not generic or ours[p]["generic"][1])]
+    return [rate(ours[p]) - rate(theirs[p]) for p in asked]
+
+
+def verdict(journal: Journal) -> tuple[bool, str]:
+    """The claim: with three LoRAs or more the paper's gate shows more elements than the best Merge and than 1/k."""
+    above: dict[str, list[float]] = {}
+    for k, cells in by_k(journal).items():
+        best = best_of_grid({name: list(c.values()) for name, c in cells.items()})
+        pairs = {
+            "the paper's gate against the best Merge": (PAPER, best or FULL, False),
+            "the paper's gate against weight 1/k": (PAPER, SHARED, False),
+            "weight 1 against no LoRA, the prompt's other elements": (FULL, BASE, True),
+            "weight 1/k against weight 1": (SHARED, FULL, False),
+            "rows that sum to k against the best Merge": (f"mole, {WAYS[2]}", best or FULL, False),
+        }
+        for name, (ours, theirs, generic) in pairs.items():
+            above.setdefault(name, []).extend(_gains(cells, ours, theirs, generic) if k >= 3 else ())
+    found = {name: texts.mean_interval(values) for name, values in above.items() if values}
+    said = [f"{name} {m:+.2f} ({low:+.2f} to {high:+.2f})" for name, (m, low, high) in found.items()]
+    strongest = {way: _strongest(journal, f"mole, {way}") for way in WAYS[:2]}
+    if all(strongest.values()):
+        said.append("the strongest LoRA's share " + ", ".join(f"{s} ({way})" for way, s in strongest.items()))
+    claimed = list(found)[:2]
+    held = len(found) == len(above) and all(found[name][1] > 0 for name in claimed)
+    return held, "k of 3 and more: " + "; ".join(said)
+
+
+def figure(journal: Journal) -> Image.Image:
+    names = [BASE, FULL, SHARED, *(f"mole, {way}" for way in WAYS)]
+    lines = {
+        name: [
+            Point("", *texts.mean_interval([texts.rate((e["found"], e["asked"])) for e in cells[name].values()]), x=k)
+            for k, cells in by_k(journal).items()
+            if name in cells
+        ]
+        for name in names
+    }
+    return draw_lines({name: line for name, line in lines.items() if line}, title="Gates against Merge",
+                      subtitle="elements present, recogniser B, test split", axis="k, LoRAs in a picture",
+                      even=True)  # fmt: skip
+
+
+EXPERIMENT = texts.Experiment(
+    "mole", "MoLE: a gate in every layer, in pictures", "https://arxiv.org/abs/2404.13628",
+    "three and more LoRAs damage the base at weight 1 and are lost at 1/k; a trained gate beats both",
+    measure, tables, verdict, figure, where,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -240,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for k in map(int, args.k.split(",")):
             found = sets("test", k)[: args.sets]
             for chosen in found:
-                measure(bench, chosen, min(MOST, -(-args.pictures // len(found))), ways)
+                measure_set(bench, chosen, min(MOST, -(-args.pictures // len(found))), ways)
     print(tables(Journal(args.journal), [Journal(path) for path in args.also]))
 
 
