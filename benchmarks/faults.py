@@ -7,17 +7,23 @@
 As a module: by its path, this folder would come first and hide the package `kernels`. Each writes its part of
 benchmarks/faults.md, and ends with an error when a bar is missed. The app's part is in benchmarks/faults_app.py; a
 short run of each is in tests/test_faults_long.py.
+
+Runs of `mutants` add up to the 2,000,000 of one seed, on any machines: which are done is in faults_mutants.json. A run
+may be stopped at any time; under `nice -n 19 chrt -i 0` it takes idle time only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
+import json
 import multiprocessing
 import os
 import platform
 import re
-import secrets
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,14 +38,20 @@ from multilora.pipelines.image import Composer
 from tests import fuzz_files, tiny
 
 REPORT = Path(__file__).with_suffix(".md")
+MUTANTS = Path(__file__).with_name("faults_mutants.json")
+SEED, ALL = 11, 2_000_000  # of the mutants
 GROWTH_MB = 10.0
+
+
+def processor() -> str:
+    """The processor's name, and how many cores it has."""
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{name[1] if name else platform.processor()}, {os.cpu_count()} cores"
 
 
 def machine() -> str:
     """The day, the processor, how busy it is."""
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    today, load = datetime.date.today().isoformat(), os.getloadavg()[1]
-    return f"{today}, {name[1] if name else platform.processor()}, {os.cpu_count()} cores, load average {load:.1f}"
+    return f"{datetime.date.today().isoformat()}, {processor()}, load average {os.getloadavg()[1]:.1f}"
 
 
 def report(title: str, text: str) -> None:
@@ -131,25 +143,96 @@ def loads(cycles: int = 2000, warm: int = 100) -> dict[str, Any]:
 # -- mutants ----------------------------------------------------------------------------------------------------------
 
 
-def mutants(count: int = 2_000_000, cores: int | None = None, seed: int | None = None, piece: int = 5000) -> dict:
-    """Mutants through the whole admission (tests/fuzz_files.py), on all cores, of a seed that was not used before."""
-    cores, seed = cores or os.cpu_count() or 1, seed or secrets.randbelow(10**6) + 100
-    jobs = [(seed, first, min(piece, count - first)) for first in range(0, count, piece)]
-    began, done, found = time.monotonic(), {"accepted": 0, "slowest": 0.0, "grown": 0, "cpu": 0.0, "count": 0}, []
-    with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        for result in pool.imap_unordered(_mutated, jobs):
-            found += result["found"]
-            for name in ("accepted", "count", "cpu"):
-                done[name] += result[name]
-            done["slowest"] = max(done["slowest"], result["slowest"])
-            done["grown"] = max(done["grown"], result["grown"])
-            if len(jobs) > 1:
-                print(f"{done['count']:,} of {count:,}, {len(found)} findings", flush=True)
-    return {**done, "found": found, "seed": seed, "cores": cores, "seconds": time.monotonic() - began}
+def mutants(count: int = ALL, cores: int | None = None, path: Path = MUTANTS, piece: int = 5000) -> dict[str, Any]:
+    """Put `count` more mutants of SEED through the whole admission (tests/fuzz_files.py), on all cores.
+
+    path  the state of all runs, written after every `piece`; those that are going on when a run is stopped are lost:
+          seed, done: [[first, after the last], ...], found: [[number, what, commit], ...], and runs. A piece in which
+          something is found is not done; it comes again in the next run
+    """
+    state: dict[str, Any] = {"seed": SEED, "done": [], "found": [], "runs": []}
+    if path.exists():
+        state = json.loads(path.read_text())
+    todo = [(state["seed"], at, min(piece, stop - at)) for first, stop in missing(state["done"], count)
+            for at in range(first, stop, piece)]  # fmt: skip
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=REPORT.parent)
+    run = {"machine": processor(), "commit": git.stdout.strip(), "from": _now(), "to": "", "mutants": 0,
+           "admitted": 0, "slowest": 0.0, "grown": 0.0, "cpu": 0.0}  # fmt: skip
+    pool = multiprocessing.get_context("spawn").Pool(cores, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with contextlib.suppress(KeyboardInterrupt), pool:
+        for (_, first, size), got in pool.imap_unordered(_mutated, todo):
+            found = [[max(number, first), what] for _, number, what in got["found"]]
+            state["found"] += [[*f, run["commit"]] for f in found if f not in [known[:2] for known in state["found"]]]
+            state["done"] = merged([*state["done"], *([] if found else [[first, first + size]])])
+            state["runs"] += [] if run["mutants"] else [run]
+            run |= {"to": _now(), "mutants": run["mutants"] + size, "admitted": run["admitted"] + got["accepted"],
+                    "cpu": run["cpu"] + got["cpu"], "slowest": max(run["slowest"], got["slowest"]),
+                    "grown": max(run["grown"], got["grown"] / 2**20)}  # fmt: skip
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(state, indent=1) + "\n")
+            part.replace(path)
+            print(f"{_now()} {_total(state):,} of {ALL:,}, {len(unmended(state))} findings", flush=True)
+    return state
 
 
-def _mutated(job: tuple[int, int, int]) -> dict:
-    return fuzz_files.run(*job)
+def unmended(state: dict[str, Any]) -> list[list]:
+    """What was found in pieces that have not been without findings since."""
+    return [f for f in state["found"] if not any(first <= f[0] < stop for first, stop in state["done"])]
+
+
+def merged(ranges: list[list[int]]) -> list[list[int]]:
+    """Ranges [first, after the last] in order, those that touch put together."""
+    found: list[list[int]] = []
+    for first, stop in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1][1] = max(found[-1][1], stop)
+        else:
+            found.append([first, stop])
+    return found
+
+
+def missing(done: list[list[int]], count: int, of: int = ALL) -> list[list[int]]:
+    """The first `count` numbers below `of` that are in no range, as ranges."""
+    found, at = [], 0
+    for first, stop in [*merged(done), [of, of]]:
+        size = min(first - at, count)
+        if size > 0:
+            found.append([at, at + size])
+            count -= size
+        at = stop
+    return found
+
+
+def _total(state: dict[str, Any]) -> int:
+    return sum(stop - first for first, stop in state["done"])
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _mutated(job: tuple[int, int, int]) -> tuple[tuple[int, int, int], dict]:
+    return job, fuzz_files.run(*job)
+
+
+def _mutants_table(state: dict[str, Any]) -> str:
+    done, found, left = _total(state), state["found"], unmended(state)
+    lines = [
+        f"{done:,} of {ALL:,} ({done / ALL:.1%}), all of seed {state['seed']}. Crashes, hangs and state changes "
+        f"(bar 0): {len(left)}; found and mended: {len(found) - len(left)}.",
+        "",
+        "| from, to (UTC) | machine | commit | mutants | admitted | slowest, CPU s | most growth, MB | CPU minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in state["runs"]:
+        lines.append(
+            f"| {run['from']}, {run['to']} | {run['machine']} | {run['commit']} | {run['mutants']:,} | "
+            f"{run['admitted']:,} | {run['slowest']:.2f} | {run['grown']:.0f} | {run['cpu'] / 60:.1f} |"
+        )
+    if found:
+        lines += ["", "| number | found | at commit |", "|---|---|---|"]
+        lines += [f"| {number} | {what[:200]} | {commit} |".replace("\n", " ") for number, what, commit in found]
+    return "\n".join(lines)
 
 
 def main(what: str, *numbers: str) -> None:
@@ -171,18 +254,10 @@ def main(what: str, *numbers: str) -> None:
         )
         report("Load and unload", text)
     else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run reports, too
         got = mutants(*given)
-        bad = got["found"]
-        for item in got["found"][:50]:
-            print(*item)
-        text = (
-            "| mutants | of 2,000,000 | seed | admitted | crashes, hangs, state changes (bar 0) | slowest, CPU s | "
-            "most growth, MB | cores | minutes |\n|---|---|---|---|---|---|---|---|---|\n"
-            f"| {got['count']:,} | {got['count'] / 2e6:.2%} | {got['seed']} | {got['accepted']:,} | "
-            f"{len(got['found'])} | {got['slowest']:.2f} | {got['grown'] / 2**20:.0f} | {got['cores']} | "
-            f"{got['seconds'] / 60:.1f} |"
-        )
-        report("Mutants", text)
+        bad = unmended(got)
+        report("Mutants", _mutants_table(got))
     if bad:
         raise SystemExit(f"{what}: a bar is missed: {got}")
 

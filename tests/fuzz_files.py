@@ -285,23 +285,24 @@ def run(seed: int, first: int, count: int) -> dict:
     """Admit mutants first .. first + count - 1; what went wrong, and how long, how large, how many accepted."""
     from multilora.bases import base_of
     from tests import tiny
-    from tests.test_admit import fingerprint, no_hang
+    from tests.test_admit import fingerprint, no_hang, rearm
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     pipe, starts, found, kinds = tiny.sd15(), seeds(), [], Counter()
     base, before, state = base_of(pipe), fingerprint(pipe), torch.get_rng_state()
     slowest, grown, started = 0.0, 0, time.process_time()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+    shm = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=shm) as name, no_hang():
         folder = Path(name)
         for number in range(first, first + count):
             path = write(folder, seed, number, starts)
             kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} if number % 50 == 0 else None
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             began = time.process_time()
+            rearm()
             try:
-                with no_hang():
-                    bad, said = wrong(path, base)
+                bad, said = wrong(path, base)
             except TimeoutError as error:
                 bad, said = str(error), ""
             slowest = max(slowest, time.process_time() - began)

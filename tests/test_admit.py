@@ -26,8 +26,7 @@ def no_hang():
         raise TimeoutError(f"hang: above {_CPU_SECONDS} s of computing, or {_SECONDS} s")
 
     before = signal.signal(signal.SIGPROF, stop), signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    rearm()
     try:
         yield
     finally:
@@ -35,6 +34,12 @@ def no_hang():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGPROF, before[0])
         signal.signal(signal.SIGALRM, before[1])
+
+
+def rearm():
+    """Within no_hang: from now on, the whole time anew."""
+    signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
 
 
 def fingerprint(pipe) -> str:

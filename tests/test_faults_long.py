@@ -1,5 +1,7 @@
 """Short runs of the scripts benchmarks/faults.py and benchmarks/faults_app.py, whose long ones are in their report."""
 
+import json
+
 import pytest
 
 from benchmarks import faults, faults_app, faults_fuzz
@@ -19,10 +21,58 @@ def test_load_and_unload():
     assert faults.loads(150, warm=60)["growth"] < faults.GROWTH_MB
 
 
-def test_fresh_mutants():
-    found = faults.mutants(400, cores=1)
-    assert found["found"] == []
-    assert found["count"] == 400
+def test_fresh_mutants(tmp_path):
+    state = faults.mutants(400, cores=1, path=tmp_path / "state.json", piece=200)
+    assert (state["done"], state["found"]) == ([[0, 400]], [])
+    assert json.loads((tmp_path / "state.json").read_text()) == state
+
+
+class Alone:
+    """A pool of this process."""
+
+    Pool = __enter__ = lambda self, *_: self
+    __exit__ = lambda self, *_: None  # noqa: E731
+    imap_unordered = staticmethod(map)
+
+
+def test_mutants_add_up_and_where_something_was_found_they_are_done_again(tmp_path, monkeypatch):
+    asked, bad = [], {130: "hang", -1: "the pipeline changed"}
+
+    def run(seed, first, count):
+        asked.append((first, count))
+        found = [(seed, n, what) for n, what in bad.items() if first <= n < first + count or (n < 0 and first == 50)]
+        return {"found": found, "slowest": 0.1, "grown": 2**20, "accepted": count // 2, "cpu": 1.0}
+
+    monkeypatch.setattr(faults.multiprocessing, "get_context", lambda kind: Alone())
+    monkeypatch.setattr(faults.fuzz_files, "run", run)
+    path = tmp_path / "state.json"
+    state = faults.mutants(220, path=path, piece=50)
+    assert asked == [(0, 50), (50, 50), (100, 50), (150, 50), (200, 20)]
+    assert state["done"] == [[0, 50], [150, 220]]
+    assert [f[:2] for f in faults.unmended(state)] == [[130, "hang"], [50, "the pipeline changed"]][::-1]
+    asked.clear()
+    del bad[-1]  # mended
+    state = faults.mutants(130, path=path, piece=100)
+    assert asked == [(50, 100), (220, 30)]
+    assert [f[:2] for f in faults.unmended(state)] == [[50, "the pipeline changed"], [130, "hang"]], "neither is done"
+    bad.clear()
+    state = faults.mutants(100, path=path, piece=100)
+    assert state["done"] == [[0, 250]]
+    assert faults.unmended(state) == []
+    assert len(state["found"]) == 2
+    assert [run["mutants"] for run in state["runs"]] == [220, 130, 100]
+
+
+def test_a_run_that_is_stopped_keeps_its_finished_pieces(tmp_path, monkeypatch):
+    def run(seed, first, count):
+        if first == 60:
+            raise KeyboardInterrupt
+        return {"found": [], "slowest": 0.1, "grown": 0, "accepted": 0, "cpu": 1.0}
+
+    monkeypatch.setattr(faults.multiprocessing, "get_context", lambda kind: Alone())
+    monkeypatch.setattr(faults.fuzz_files, "run", run)
+    assert faults.mutants(200, path=tmp_path / "state.json", piece=20)["done"] == [[0, 60]]
+    assert json.loads((tmp_path / "state.json").read_text())["done"] == [[0, 60]]
 
 
 def test_eight_clients_at_once():
