@@ -14,6 +14,7 @@ from multilora.recipe import save_png
 
 # name -> first part of its keys in the journal
 NAMES = {"lora": "lora", "addition": "addition", "negation": "negation", "analogy": "analogy",
+         "arithmetic_pictures": "negation",
          "few_shot": "few_shot", "lorahub_text": "lorahub", "loramoe": "loramoe", "token_switch": "token_switch",
          "mole": "picture", "fisher_text": "fisher", "composition": "composition"}  # fmt: skip
 HEAD = """# Weights on language: what the papers claim, on the embedded text model

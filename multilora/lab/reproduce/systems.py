@@ -27,7 +27,8 @@ class System:
 NO_TABLE = "no number at hand"
 SYSTEMS = (
     System("LoRA", {"lora": "GLUE average 86.40 fine-tuned, 87.24 LoRA with 0.8 M parameters (RoBERTa base)"}),
-    System("PEM arithmetic", {"addition": NO_TABLE, "negation": NO_TABLE, "analogy": NO_TABLE}),
+    System("PEM arithmetic", {"addition": NO_TABLE, "negation": NO_TABLE, "analogy": NO_TABLE,
+                              "arithmetic_pictures": "none: the paper has no pictures"}),
     System("Uniform and learned combination", {"few_shot": NO_TABLE}),
     System("LoRAHub", {"lorahub_text": "BBH 34.7 (mean of 5 seeds), zero-shot 27.0, LoRA tuning 37.7"}),
     System("LoRAMoE", {"loramoe": NO_TABLE}),
