@@ -115,6 +115,7 @@ class Decoding:
         logits = []
         if self.cache.get_seq_length() > PROMPT:
             self.cache.crop(PROMPT - self.cache.get_seq_length())
+        self.before()  # what a text costs once, such as hooks
         start = time.process_time()
         for t in range(TOKENS):
             self.before()

@@ -21,9 +21,8 @@ from multilora.kernels.checks import check_index, check_layers, check_row, check
 from multilora.kernels.choice import IMPLEMENTATIONS, chosen
 
 __all__ = [
-    "IMPLEMENTATIONS", "add_by_index_", "add_each", "add_expanded", "add_folded", "add_folded_conv", "columns",
-    "rebuild_", "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_segments", "shrunk",
-    "shrunk_each",
+    "IMPLEMENTATIONS", "add_by_index_", "add_expanded", "add_folded", "add_folded_conv", "columns", "rebuild_",
+    "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_picked", "routed_segments", "shrunk",
 ]  # fmt: skip
 
 
@@ -300,29 +299,28 @@ def add_expanded(y: Tensor, h: Tensor, up: Tensor, alpha: float = 1.0, *, inplac
     return y if inplace else total.view(y.shape)
 
 
-def shrunk_each(x: Tensor, downs: Sequence[Tensor]) -> list[Tensor]:
-    """`shrunk` by several factors: [x.view(-1, in) @ down for down in downs], each down [in, r]."""
-    flat = x.reshape(-1, x.shape[-1])
-    return [torch.mm(flat, down) for down in downs]
+def routed_picked(
+    x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, ...] | None:
+    """What the LoRAs that the host has picked for one token add to m linear layers of one width that read it.
 
+    Semantics: sum(w * (x @ down).view(m, 1, r) @ up for down, up, w in zip(downs, ups, weights)), by layer
 
-def add_each(
-    y: Tensor, hs: Sequence[Tensor], ups: Sequence[Tensor], weights: Sequence[float], *, inplace: bool = False
-) -> Tensor:
-    """`add_expanded` of several LoRAs that the host has picked, an operation each.
+    x       [..., in]    one token
+    downs   [in, m * r]  one of each picked LoRA, the layers side by side
+    ups     [m, r, out]  the scale inside; may be views into the bank
+    returns m tensors [out], None where nothing was picked; without gradients
 
-    Semantics: y + sum(w * (h @ up).view_as(y) for h, up, w in zip(hs, ups, weights))
-
-    y       [..., out]
-    hs      [tokens, r] each, from `shrunk_each`; ups [r, out] each
-    inplace write into y (when it is contiguous) instead of a new tensor
-    returns [..., out]
+    Two operations a LoRA for all m layers, and none to add: a linear layer takes the result as its bias.
     """
-    total, own = y.reshape(-1, y.shape[-1]), inplace and y.is_contiguous()
-    for h, up, weight in zip(hs, ups, weights, strict=True):
-        total = total.addmm_(h, up, alpha=weight) if own else torch.addmm(total, h, up, alpha=weight)
-        own = True
-    return y if inplace and y.is_contiguous() else total.view(y.shape)
+    flat, total = x.reshape(1, x.shape[-1]), None
+    for down, up, weight in zip(downs, ups, weights, strict=True):
+        h = torch.mm(flat, down).view(up.shape[0], 1, up.shape[1])
+        if total is None:
+            total = torch.baddbmm(h[..., :1], h, up, beta=0, alpha=weight)  # beta 0: what it adds to is not read
+        else:
+            total.baddbmm_(h, up, alpha=weight)
+    return None if total is None else total.view(total.shape[0], -1).unbind()
 
 
 def add_folded_conv(

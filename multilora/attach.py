@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from multilora.compiled import Eager
 from multilora.lora import Lora
-from multilora.rebuilt import WIDE, Merged, Weight, mergeable, tied_parameters
+from multilora.rebuilt import WIDE, Merged, Weight, mergeable, moving, tied_parameters
 from multilora.routing import Asked
 from multilora.side import Branch, Row, branches_of
 from multilora.sites import Site, nearest, quantised, sites_of
@@ -99,6 +99,7 @@ class Bank:
         self._gate: Callable[[str, Tensor], Tensor] | None = None
         self._in_weights: Any = None  # the [k] row that the weights hold
         self._hooks: list[Any] = []
+        self._inside = False  # whether the gate has been asked for something else than hooks
 
     # -- what the user sets ----------------------------------------------------------------------------------------
 
@@ -166,10 +167,13 @@ class Bank:
     def place(self) -> None:
         """Put the hooks anew, for a model whose hooks something else has dropped."""
         self._unhook()
+        inside = getattr(self._gate, "inside", None)  # a gate that can do without hooks: multilora.token_route
         if self._hooks_wanted():
             for site in self.sites:
-                hook = _Hook(self, site, self._branches[site])
-                self._hooks.append(site.module.register_forward_hook(hook, with_kwargs=True))
+                hook, module = _Hook(self, site, self._branches[site]), site.module
+                placed = None if inside is None else inside(hook, module)
+                self._hooks.append(placed or module.register_forward_hook(hook, with_kwargs=True))
+        self._inside = inside is not None
 
     def _hooks_wanted(self) -> bool:
         # A graph compiled with our hooks in it would keep them after we are gone.
@@ -183,6 +187,8 @@ class Bank:
             for key in own:
                 site.module._forward_hooks.pop(key)
                 site.module._forward_hooks_with_kwargs.pop(key, None)
+            if getattr(site.module.__dict__.get("forward"), "bank", None) is self:
+                del site.module.__dict__["forward"]
 
     def _settle(self) -> None:
         """Bring the weights and the hooks in line with the row and the gate."""
@@ -195,6 +201,8 @@ class Bank:
             if side != self.eager.on:
                 self.eager.turn(side)
                 self.place()
+        if self._inside != hasattr(self._gate, "inside"):
+            self.place()
 
     def _exchange(self, row: Row | None) -> None:
         """The merged weights of a [k] row in place, or with None the base weights."""
@@ -295,7 +303,7 @@ class Bank:
 def _form(form: str, model: nn.Module, sites: Sequence[Site]) -> str:
     if form not in FORMS:
         raise ValueError(f"form {form!r}: wanted one of {', '.join(FORMS)}{nearest(str(form), FORMS)}")
-    why = _moving(model)
+    why = moving(model)
     if form in ("rebuilt", "bank"):
         if why:
             raise ValueError(f"form {form!r}: {why}, so its weights cannot be exchanged; use form='side' or 'auto'")
@@ -308,22 +316,6 @@ def _form(form: str, model: nn.Module, sites: Sequence[Site]) -> str:
         if all(mergeable(site, tied) and site.module.weight.dtype in WIDE for site in sites):
             return "rebuilt"
     return "side"
-
-
-def _moving(model: nn.Module) -> str:
-    """Why the model's weights come and go (offloading, casting per layer), or an empty string."""
-    for name, module in model.named_modules():
-        where = f"{type(model).__name__}{'.' + name if name else ''}"
-        if getattr(module, "_hf_hook", None) is not None:
-            return f"{where} is offloaded or dispatched by accelerate"
-        registry = getattr(module, "_diffusers_hook", None)
-        for hook in getattr(registry, "hooks", None) or ():
-            if "offload" in hook or "casting" in hook:
-                return f"{where} has diffusers' {hook} hook"
-    for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            return f"{name} is on the meta device"
-    return ""
 
 
 @contextlib.contextmanager

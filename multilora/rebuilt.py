@@ -49,6 +49,22 @@ def mergeable(site: Site, tied: set[int]) -> bool:
     return weight.is_floating_point() and weight.device.type != "meta" and not trained
 
 
+def moving(model: nn.Module) -> str:
+    """Why the model's weights come and go (offloading, casting per layer), or an empty string."""
+    for name, module in model.named_modules():
+        where = f"{type(model).__name__}{'.' + name if name else ''}"
+        if getattr(module, "_hf_hook", None) is not None:
+            return f"{where} is offloaded or dispatched by accelerate"
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", None) or ():
+            if "offload" in hook or "casting" in hook:
+                return f"{where} has diffusers' {hook} hook"
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            return f"{name} is on the meta device"
+    return ""
+
+
 class Weight:
     """The weight (and bias) of one site: the pristine tensors, and merged ones put in their place by pointer."""
 

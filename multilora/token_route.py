@@ -7,6 +7,9 @@ Many tokens (a prompt), and all that wants gradients, run as under any gate. One
 head computes the rows once, as a tensor on the device, and every other layer reads them; no number goes to the host,
 and the shapes are those of any other token. Linears that read one input share their first matmul.
 
+On the CPU, where the numbers of a lone token's route can be read at no cost, only the picked LoRAs are read. In a bank
+whose form is "side" plain linears take what these add as their bias, which needs neither a hook nor an addition.
+
 In a bank whose form is "rebuilt" or "bank", one token alone is merged into the weights as soon as the head has its
 route, every weight anew from its pristine copy, so that nothing drifts: what the LoRA-Switch paper does (its updates
 are added to and subtracted from the weights; arXiv 2405.17741, section 3.3). A batch of tokens cannot be merged.
@@ -15,15 +18,17 @@ are added to and subtracted from the weights; arXiv 2405.17741, section 3.3). A 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multilora.kernels import choice
 from multilora.kernels import routed as kernels
 from multilora.routing import Asked, numbers
-from multilora.side import Branch
+from multilora.side import Branch, Stack
 
 
 class TokenRoute(Asked):
@@ -32,6 +37,13 @@ class TokenRoute(Asked):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._answers: dict[str, _Answer] = {}
+
+    def inside(self, hook: Any, module: nn.Module) -> _Inside | None:
+        """What stands in for the forward of a layer while a bank's gate is of this class; None: a hook behind it."""
+        own = module.__dict__
+        plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in own
+        alone = hook.weight is None and not hook.bank.eager.compiled and not module._forward_hooks
+        return _Inside(hook, module) if plain and alone else None
 
     def add(self, hook: Any, x: Tensor, y: Tensor) -> Tensor:
         branch = hook.branch
@@ -59,6 +71,47 @@ class TokenRoute(Asked):
         return len({self.router.group(path) for path in bank.paths}) == 1
 
 
+class _Inside:
+    """In the place of a plain linear layer's forward: the LoRAs that a lone token has picked are the layer's bias.
+
+    All else runs as the layer itself with the bank's hook behind it.
+    """
+
+    def __init__(self, hook: Any, module: nn.Module) -> None:
+        self.hook, self.bank, self.module, self.own = hook, hook.bank, module, module._parameters
+        self.router: Any = None
+        self.layer: _Ready | None = None
+        module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        if self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+
+    def __call__(self, input: Tensor) -> Tensor:  # named as nn.Linear's
+        route, layer, own = self.bank._gate, self.layer, self.own
+        if layer is not None and type(route) is TokenRoute and route.router is self.router:
+            answer = route._answers.get(layer.group)
+            if (
+                answer is not None
+                and answer.picks is not None
+                and input.numel() == layer.width
+                and input.dtype is layer.dtype
+                and input.device == layer.device
+                and not torch.is_grad_enabled()
+            ):
+                self.bank.calls[self.hook.path] += 1
+                delta, bias = layer.picked(input, answer), own["bias"]
+                if delta is None or bias is None:
+                    return F.linear(input, own["weight"], bias if delta is None else delta)
+                return F.linear(input, own["weight"], bias).add_(delta)
+        y = F.linear(input, own["weight"], own["bias"])
+        total = self.hook(self.module, (input,), {}, y)
+        if type(route) is TokenRoute:
+            layer = route.router.ready.get(self.hook.branch)
+            self.router, self.layer = route.router, layer if layer.low and not layer.head else None
+        return y if total is None else total
+
+
 class _Answer:
     """A group's row: shares times weights, [B, k], [B, 1, k] of one token per sample, or anything else."""
 
@@ -74,12 +127,21 @@ class _Answer:
             # Reading the route here costs nothing: the numbers are in the host's memory.
             self.picks = [(i, value) for i, value in enumerate(row.flatten().tolist()) if value]
         self._scales: dict[Any, Tensor] = {}
+        self._present: dict[Any, tuple[list[int], list[float]]] = {}
 
     def fitting(self, x: Tensor) -> Tensor:
         """The row for a layer that may see all tokens of all samples in one dimension."""
         row = self.row
         flat = row.ndim == 3 and x.ndim == 2 and row.shape[0] * row.shape[1] == x.shape[0]
         return row.flatten(0, 1) if flat else row
+
+    def present(self, ranks: tuple[int, ...], factors: tuple[float, ...]) -> tuple[list[int], list[float]]:
+        """The picked LoRAs that have a part in a layer, and their weights there."""
+        at = (ranks, factors)
+        if at not in self._present:
+            picks = [(i, value * factors[i]) for i, value in self.picks if ranks[i]]
+            self._present[at] = [i for i, _ in picks], [value for _, value in picks]
+        return self._present[at]
 
     def scale(self, key: tuple[Any, ...], members: int) -> Tensor:
         """[tokens, members * R] the row's entries, one per stacked rank; key: ranks, factors and dtype."""
@@ -94,6 +156,7 @@ class _Ready:
 
     low     linear, and every LoRA's part is low-rank without a bias; others run as under any gate
     group, head   of the route
+    outs    widths of the siblings' outputs, None where they are one
     """
 
     def __init__(self, branch: Branch, router: Any, x: Tensor, y: Tensor) -> None:
@@ -104,58 +167,77 @@ class _Ready:
         self.low = site.kind == "linear" and plain and not branch.trained
         if not self.low:
             return
-        self.ranks, self.factors = site.ranks, None if all(f == 1.0 for f in site.factors) else site.factors
+        self.ranks, self.factors = site.ranks, site.factors
+        self.width = x.shape[-1]
         self.key, where = (site.ranks, site.factors, x.dtype), branch.where(x, y)
         self.stacked, self.stacks, self.family, self.n = branch.stacked(where), [], None, 0
-        with torch.inference_mode(False), torch.no_grad():
-            self.downs = [down.T for down in self.stacked.down.split(self.ranks)]
-            self.ups = self.stacked.up.split(self.ranks)
         if branch.siblings is not None:
             family, n, branches = branch.siblings
             if {router.group(each.path) for each in family.sites} == {self.group}:
                 self.family, self.n, self.stacks = family, n, [b().stacked(where) for b in branches]
-        self._wide: dict[bool, list[Tensor]] = {}
+        outs = [s.up.shape[1] for s in self.stacks]
+        self.outs = outs if len(set(outs)) > 1 else None
+        self._wide: Tensor | None = None
+        self._banks: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._experts: tuple[Tensor, Tensor] | None = None
 
     def add(self, module: nn.Module, x: Tensor, y: Tensor, answer: _Answer) -> Tensor:
         """y plus the LoRAs' part, in place where nobody else can have seen y."""
         if answer.triton:
             return self._by_index(x, y, answer)
-        inplace = type(module) is nn.Linear and len(module._forward_hooks) == 1
+        inplace = type(module) is nn.Linear and len(module._forward_hooks) < 2  # ours, or another behind _Inside
+        if answer.picks is not None:
+            delta = self.picked(x, answer)
+            return y if delta is None else y.add_(delta) if inplace else y + delta
         narrow = None
         if self.family is not None:
             narrow = self.family.once(self.n, answer, x, lambda: self._of_siblings(x, answer))
-        narrow = self._narrow(x, answer, self.downs, 1) if narrow is None else narrow[self.n]
-        if answer.picks is None:
-            return kernels.add_expanded(y, narrow[0], self.stacked.up, inplace=inplace)
-        picks = self._present(answer)
-        weights = [value if self.factors is None else value * self.factors[i] for i, value in picks]
-        return kernels.add_each(y, narrow, [self.ups[i] for i, _ in picks], weights, inplace=inplace)
+        narrow = self._narrow(x, self.stacked.down.T, answer, 1) if narrow is None else narrow[self.n]
+        return kernels.add_expanded(y, narrow, self.stacked.up, inplace=inplace)
 
-    def _present(self, answer: _Answer) -> list[tuple[int, float]]:
-        return answer.picks if all(self.ranks) else [pick for pick in answer.picks if self.ranks[pick[0]]]
+    def _narrow(self, x: Tensor, down: Tensor, answer: _Answer, members: int) -> Tensor:
+        """x by all LoRAs' factors at once, scaled by the rows."""
+        return kernels.shrunk(x, down) * answer.scale(self.key, members)
 
-    def _narrow(self, x: Tensor, answer: _Answer, downs: list[Tensor], members: int) -> list[Tensor]:
-        """x by the picked factors [in, members * r] one by one, else by all of them at once and scaled."""
-        if answer.picks is not None:
-            return kernels.shrunk_each(x, [downs[i] for i, _ in self._present(answer)])
-        down = self.stacked.down.T if members == 1 else self._wide_of(False)[0]
-        return [kernels.shrunk(x, down) * answer.scale(self.key, members)]
-
-    def _of_siblings(self, x: Tensor, answer: _Answer) -> list[tuple[Tensor, ...]]:
+    def _of_siblings(self, x: Tensor, answer: _Answer) -> tuple[Tensor, ...]:
         """[members] what each of the siblings takes of `_narrow`; they read one input."""
-        m, picked = len(self.stacks), answer.picks is not None
-        found = self._narrow(x, answer, self._wide_of(True) if picked else [], m)
-        return list(zip(*(h.split(h.shape[-1] // m, -1) for h in found), strict=True))
-
-    def _wide_of(self, by_lora: bool) -> list[Tensor]:
-        """Siblings' down factors side by side: [in, members * r] of each LoRA, or one [in, members * R] of all."""
-        if by_lora not in self._wide:
+        m = len(self.stacks)
+        if self._wide is None:
             with torch.inference_mode(False), torch.no_grad():
-                downs = [s.down for s in self.stacks]
-                groups = zip(*(d.split(self.ranks) for d in downs), strict=True) if by_lora else [downs]
-                self._wide[by_lora] = [torch.cat(list(group)).T for group in groups]
-        return self._wide[by_lora]
+                self._wide = torch.cat([s.down for s in self.stacks]).T
+        h = self._narrow(x, self._wide, answer, m)
+        return h.split(h.shape[-1] // m, -1)
+
+    def picked(self, x: Tensor, answer: _Answer) -> Tensor | None:
+        """[out] what the picked LoRAs add for one token x; None where none of them has a part here."""
+        if self.family is not None:
+            found = self.family.once(self.n, answer, x, lambda: self._picked(x, answer, self.stacks))
+            if found is not None:
+                return found[self.n]
+        return self._picked(x, answer, [self.stacked])[0]
+
+    def _picked(self, x: Tensor, answer: _Answer, stacks: list[Stack]) -> Sequence[Tensor | None]:
+        """[members] of `picked`, for layers with these factors."""
+        m = len(stacks)
+        if m not in self._banks:
+            with torch.inference_mode(False), torch.no_grad():
+                self._banks[m] = self._bank(stacks)
+        downs, ups = self._banks[m]
+        index, weights = answer.present(self.ranks, self.factors)
+        found = kernels.routed_picked(x, [downs[i] for i in index], [ups[i] for i in index], weights)
+        if found is None:
+            return (None,) * m
+        return found if self.outs is None or m == 1 else [d[:out] for d, out in zip(found, self.outs, strict=True)]
+
+    def _bank(self, stacks: list[Stack]) -> tuple[list[Tensor], list[Tensor]]:
+        """By LoRA: down [in, members * r] and up [members, r, widest out]; of one layer they are views."""
+        if len(stacks) == 1:
+            downs, ups = stacks[0].down.split(self.ranks), stacks[0].up.split(self.ranks)
+            return [down.T for down in downs], [up[None] for up in ups]
+        widest = max(s.up.shape[1] for s in stacks)
+        downs = zip(*(s.down.split(self.ranks) for s in stacks), strict=True)
+        ups = zip(*(F.pad(s.up, (0, widest - s.up.shape[1])).split(self.ranks) for s in stacks), strict=True)
+        return [torch.cat(each).T for each in downs], [torch.stack(each) for each in ups]
 
     def _by_index(self, x: Tensor, y: Tensor, answer: _Answer) -> Tensor:
         """The Triton kernel reads the picked LoRAs from down [k, r, in] and up [k, out, r], r the largest rank."""
@@ -170,7 +252,7 @@ class _Ready:
             self._experts = made[0], made[1].mT
         index = answer.row.abs().topk(answer.most, -1).indices  # by size: a user's weight may be negative
         weight = answer.row.gather(-1, index)
-        if self.factors is not None:
+        if any(f != 1.0 for f in self.factors):
             weight = weight * numbers(self.factors, weight.dtype, x.device)[index]
         return kernels.add_by_index_(y.clone(memory_format=torch.contiguous_format), x, *self._experts, index, weight)
 

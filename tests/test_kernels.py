@@ -55,17 +55,24 @@ def test_experts_by_index_equal_a_loop_over_tokens_and_picks(implementation, lea
         torch.testing.assert_close(added, y + want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("inplace", [True, False])
-def test_loras_that_the_host_picks_are_those_picked_by_index(inplace):
-    down, up = _bank()
-    x, y = _random(2, 9, 3).mT, _random(2, 3, 7, seed=6)  # strided
-    index, weight = torch.tensor([2, 0, 2]), torch.tensor([0.5, -1.0, 0.25], dtype=torch.float64)
-    hs = kernels.shrunk_each(x, [down[i].T for i in index])
-    given = y.clone()
-    got = kernels.add_each(given, hs, [up[i].T for i in index], weight.tolist(), inplace=inplace)
-    torch.testing.assert_close(got, y + _by_hand(x, down, up, index, weight), rtol=1e-12, atol=1e-12)
-    assert torch.equal(given, got if inplace else y)
-    assert kernels.add_each(given, [], [], [], inplace=inplace).equal(given)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_loras_that_the_host_picks_are_those_picked_by_index(layers):
+    """Layers side by side, LoRAs of two ranks, one of them picked twice; what is not picked is not read."""
+    x = _random(9, 1, 1).permute(1, 2, 0)
+    banks = [[t + n for t in _bank()] for n in range(layers)]
+    banks = [(down[:, : 3 - i % 2], up[..., : 3 - i % 2]) for down, up in banks for i in range(5)]
+    by_lora = [banks[i::5] for i in range(5)]
+    downs = [torch.cat([down[i] for down, _ in each]).T for i, each in enumerate(by_lora)]
+    ups = [torch.stack([up[i].T for _, up in each]) for i, each in enumerate(by_lora)]
+    downs[4], ups[3] = downs[4] * float("nan"), ups[3] * float("nan")
+    picks, weights = [2, 1, 2], [0.5, -1.0, 0.25]
+    got = kernels.routed_picked(x, [downs[i] for i in picks], [ups[i] for i in picks], weights)
+    assert len(got) == layers
+    for n, delta in enumerate(got):
+        want = sum(w * ups[i][n].T @ (downs[i].T.unflatten(0, (layers, -1))[n] @ x.flatten())
+                   for i, w in zip(picks, weights, strict=True))  # fmt: skip
+        torch.testing.assert_close(delta, want, rtol=1e-12, atol=1e-12)
+    assert kernels.routed_picked(x, [], [], []) is None
 
 
 def test_experts_that_no_token_picks_are_not_read():

@@ -17,7 +17,7 @@ from multilora.lora import Lora
 from multilora.method import resolve
 from multilora.pipelines.text import composing_text
 from multilora.side import Branch
-from multilora.token_route import Merge
+from multilora.token_route import Merge, _Inside
 from tests import handgate, handloop, tiny_text
 
 HEAD, WIDTH = "model.layers.0.self_attn.q_proj", 16
@@ -262,6 +262,96 @@ def test_triton_reads_the_picked_loras_by_index(monkeypatch):
         got, _ = _token_by_token(model, bank, gate, IDS)
     _same(got, want)
     assert set(calls) == {((4, 6), 2)}
+
+
+# -- plain layers without hooks -----------------------------------------------------------------------------------
+
+
+def _forwards(model):
+    return {name for name, module in model.named_modules() if "forward" in module.__dict__}
+
+
+def _untouched(model):
+    return not _forwards(model) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _rerun(bank, gate, token, **more):
+    bank.gate = gate.asked()
+    return bank.model(torch.tensor([[token]]), use_cache=False, **more).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_picked_token_costs_two_operations_a_lora_for_layers_that_read_one_input(family):
+    model = copy.deepcopy(tiny_text.model(family))
+    loras, gate = tiny_text.loras(family, 4), _gate()
+    mask = {"attention_mask": torch.zeros(1, 1, 1, 1)}  # without one, transformers reads the positions on the host
+    with torch.no_grad(), attached(model, loras, form="side") as bank:
+        with NoSync() as base:
+            model(torch.tensor([[9]]), use_cache=False, **mask)
+        for token in (9, 21):
+            _rerun(bank, gate, token, **mask)
+        with NoSync() as routed:
+            _rerun(bank, gate, 9, **mask)
+
+    def more(word):
+        return sum(word in name for name, _ in routed.seen) - sum(word in name for name, _ in base.seen)
+
+    biases = sum(m.bias is not None for n, m in model.named_modules() if n in bank.paths and n != HEAD)
+    assert more("mm") == 2 * 4 * 2 * 2 + 1  # layers, runs of siblings, picks; the router
+    assert more("aten.add_.") == 1 + biases  # the head knows its route when its own matmul is done
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_with_biases_other_widths_hooks_and_missing_loras_decode_as_they_read(family, mode):
+    """Biases of their own (Qwen), keys narrower than queries, a hook of somebody else, LoRAs that lack a layer."""
+    model, gate, seen = copy.deepcopy(tiny_text.model(family)), _gate(), []
+    last = "model.layers.1.mlp.up_proj"
+    loras = [Lora({p: part for p, part in lora.items() if i == 3 or p != last})
+             for i, lora in enumerate(tiny_text.loras(family, 4))]  # fmt: skip
+    hooked = model.get_submodule(LAST)
+    handle = hooked.register_forward_hook(lambda *_: seen.append(1))
+    with mode(), attached(model, loras, form="side") as bank:
+        base = model(IDS[:1]).logits
+        bank.gate = gate.asked()
+        side = model(IDS[:1]).logits
+        bank.reset_calls()
+        seen.clear()
+        got, _ = _token_by_token(model, bank, gate, IDS[:1])
+        assert set(bank.calls.values()) == {6} == {len(seen)}
+        assert _forwards(model) == set(bank.paths) - {LAST}
+        bank.gate = None
+        assert not _forwards(model)
+        assert torch.equal(model(IDS[:1]).logits, base)
+    handle.remove()
+    _same(got, side)
+    assert handloop.relative(side, base) > 0.1
+    assert _untouched(model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", ["placing", "token"])
+def test_layers_have_their_own_forward_again_after_an_error_anywhere(at, error, monkeypatch):
+    model, loras, gate = copy.deepcopy(tiny_text.model("llama")), tiny_text.loras("llama", 4), _gate()
+    with torch.no_grad():
+        base = model(IDS[:1], use_cache=False).logits
+        calls, own = [], _Inside.__init__
+
+        def placed(self, *arguments):
+            own(self, *arguments)
+            calls.append(self)
+            if at == "placing" and len(calls) == 5:
+                raise error
+
+        monkeypatch.setattr(_Inside, "__init__", placed)
+        with pytest.raises(error), attached(model, loras, form="side") as bank:
+            _rerun(bank, gate, 9)
+            assert len(_forwards(model)) == len(bank.paths) == len(calls)
+            monkeypatch.setattr(kernels, "routed_picked", lambda *_: (_ for _ in ()).throw(error))
+            _rerun(bank, gate, 21)
+        monkeypatch.undo()
+        assert _untouched(model)
+        assert torch.equal(model(IDS[:1], use_cache=False).logits, base)
 
 
 # -- files and whole texts -----------------------------------------------------------------------------------------
