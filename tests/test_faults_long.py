@@ -85,11 +85,12 @@ def test_eight_clients_at_once():
 
 
 def test_more_clients_than_the_queue_takes():
-    found = faults_app.flood(60, waiting=45)
+    found = faults_app.flood(80, waiting=20)
     assert found["other"] == found["stuck"] == 0
-    assert found["clear"] == found["refused"] > 0
-    assert found["drawn"] >= 45
+    assert found["clear"] == found["door"] == found["refused"] > 40, "all of them before gradio is asked"
+    assert found["drawn"] >= 20
     assert found["after"] == "complete"
+    assert found["latest"] < 2 * faults_app.REFUSED_SECONDS  # twice: the machine may have other work
 
 
 def test_calls_of_any_endpoint():

@@ -35,6 +35,15 @@ def test_every_public_endpoint_has_a_docstring_and_types_and_the_pages_own_event
         assert not missing, (name, missing)
 
 
+def test_the_door_knows_what_draws(app):
+    """By a mark that has to survive gradio's and our own wrappers."""
+    drawing = [f for f in app.fns.values() if getattr(f.fn, "draws", False)]
+    assert {f.api_name for f in drawing if f.api_visibility == "public"} == {
+        "compose", "compose_recipe", "compare_methods"
+    }  # fmt: skip
+    assert sorted(f.fn.__name__ for f in drawing if f.api_visibility == "private") == ["many", "one", "one"]
+
+
 def test_there_is_a_tab_for_every_page(app):
     tabs = [block.label for block in app.blocks.values() if type(block).__name__ == "Tab"]
     assert [title for _, title, _ in PAGES] == [label for label in tabs if label in {title for _, title, _ in PAGES}]

@@ -235,6 +235,44 @@ def test_a_wrong_setting_is_said_and_the_page_goes_on(visit):
     assert "Done" in draw(page)
 
 
+def test_a_full_line_is_said_in_words_on_the_page_and_by_gradio_s_client(browser, tmp_path):
+    """A server of its own, with a stand-in for the model: one draws, one waits, and no more are taken."""
+    from gradio_client import Client
+    from gradio_client.client import QueueError
+
+    from benchmarks.faults_app import STUB, app, idle
+    from multilora.web.service import Compose, Limits, Service
+
+    held = {"prompt": "x", "base": "embedded", "steps": 3, "guidance_scale": 3.0, "width": 8, "height": 8, "seed": 1,
+            "extra": {"fault": "hang", "until": str(tmp_path / "go")}}  # fmt: skip
+    with Service(engine=STUB, limits=Limits(waiting=1)) as service, app(service) as address:
+        service.about()
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(address)
+        page.wait_for_selector("#ml-state:has-text('Ready')")
+        client = Client(address, verbose=False)
+        for i in range(2):
+            job = service.submit(Compose(recipe=Recipe(**held)), service.session(f"user {i}"))
+            while not i and job.state == "waiting":
+                time.sleep(0.01)
+        page.click("#ml-draw")
+        said = state(page)
+        assert "the server is busy: 1 requests wait" in said
+        assert "try again in 10 s" in said
+        page.wait_for_selector("#ml-draw:not([disabled])")
+        with pytest.raises(QueueError, match="Queue is full! Please try again"):
+            client.predict("x", api_name="/compose")
+        assert client.predict(api_name="/list_methods"), "only drawings are refused"
+        (tmp_path / "go").touch()
+        assert idle(service) == 0
+        page.click("#ml-draw")
+        page.wait_for_selector("#ml-state .ml-done")
+        assert len(client.predict("x", api_name="/compose")) == 2
+        page.close()
+    assert service.counts.counters["refused"]["busy"] == 2
+
+
 def test_the_history_outlives_a_reload_and_gives_its_settings_back(visit):
     page = visit()
     choose(page, "korv")

@@ -15,6 +15,7 @@ from multilora.web.compose_api import endpoints
 from multilora.web.controls import Controls
 from multilora.web.gate_map import MapOfGate, map_endpoint
 from multilora.web.service import Base, Compose, Job, Refused, Session
+from multilora.web.service.door import draws
 from multilora.web.shell import Shell
 
 TOLD_EVERY = 0.25  # seconds between two messages to the browser
@@ -138,6 +139,7 @@ def page(shell: Shell) -> None:
         """Before a picture is asked for."""
         return {**pressed(True), remarks: "", state: words.status("asking", "busy", 0.0)}
 
+    @draws
     def one(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the controls say; yields what changes on the page, up to the picture."""
         session, before = shell.session(request), values[-1]
@@ -167,6 +169,7 @@ def page(shell: Shell) -> None:
         line = f"Done in {made.seconds:.1f} s: {made.recipe.method.replace('_', ' ')}, seed {made.recipe.seed}"
         yield {result.picture: str(found.path), result.name: found.path.name, state: words.status(line, "done")}
 
+    @draws
     def many(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draw it under every method that is ticked; yields what changes on the page, up to the last picture."""
         session, before = shell.session(request), values[-1]
@@ -207,9 +210,10 @@ def page(shell: Shell) -> None:
             return {**released, **result.none()}
         return {**released, **{c: found[c] for c in result.around}}
 
-    def mistaken() -> dict[Any, Any]:
-        """Something went wrong here that has no words for the user."""
-        return {**pressed(False), state: words.status("This server made a mistake; please try again.", "error")}
+    def mistaken(request: gr.Request) -> dict[Any, Any]:
+        """It was refused at the door, or something went wrong here that has no words for the user."""
+        why = service.door.told(request.session_hash) or "This server made a mistake; please try again."
+        return {**pressed(False), state: words.status(why, "error")}
 
     inputs = [*controls.components, restored]
     shown = [*result.components, state, tabs]

@@ -15,6 +15,7 @@ from multilora.web import compare, elsewhere, history
 from multilora.web.asked import recipe_of, settings_of
 from multilora.web.endpoints import endpoint
 from multilora.web.service import Compose, Job, Picture
+from multilora.web.service.door import draws
 from multilora.web.shell import Shell
 
 TOLD_EVERY = 1.0  # seconds between two messages to a client that waits
@@ -24,6 +25,7 @@ def endpoints(shell: Shell) -> None:
     """Make the endpoints; called inside the app's blocks."""
     service = shell.service
 
+    @draws
     def compose(
         request: gr.Request, prompt: str, loras: list[Any] | None = None, method: str = "merge",
         options: dict[str, Any] | None = None, negative_prompt: str = "", seed: int = 7, steps: int | None = None,
@@ -63,6 +65,7 @@ def endpoints(shell: Shell) -> None:
         (picture,) = job.result().pictures
         yield history.keep(session, picture).path, _about(picture)
 
+    @draws
     def compose_recipe(request: gr.Request, recipe: dict, score: bool = False) -> Iterator[tuple[Path | None, dict]]:
         """Make a picture again from its recipe, to the bit where nothing that decides bits has changed.
 
@@ -84,6 +87,7 @@ def endpoints(shell: Shell) -> None:
         (picture,) = job.result().pictures
         yield history.keep(session, picture).path, {**_about(picture), "notes": notes}
 
+    @draws
     def compare_methods(
         request: gr.Request, prompt: str, loras: list[Any], method_names: list[str] | None = None,
         negative_prompt: str = "", seed: int = 7,

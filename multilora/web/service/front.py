@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from multilora.web.service import health
+from multilora.web.service.door import Door
 from multilora.web.service.jobs import Job, Line
 from multilora.web.service.limits import Limits, Refused, check
 from multilora.web.service.log import Log
@@ -61,6 +62,7 @@ class Service:
         self._known = threading.Condition()
         self._numbers = itertools.count(1)
         self._line = Line(self.limits)
+        self.door = Door(self._line, len(devices), self.counts)
         self._stopping = threading.Event()
         self._closed = False
         settings = {"base": self.bases[0], "clip": clip}
@@ -154,11 +156,15 @@ class Service:
         try:
             self._line.join(job)
         except Refused as error:
-            self.counts.add("refused", error.code)
-            self.log("refused", session=session.label, action=request.action, code=error.code)
+            self.refused(error, session=session.label, action=request.action)
             raise
         self.log("queued", job=number, session=session.label, **self.log.of(request))
         return job
+
+    def refused(self, error: Refused, **about: Any) -> None:
+        """Count a request that was not taken, and write it into the log."""
+        self.counts.add("refused", error.code)
+        self.log("refused", code=error.code, **about)
 
     def cancel(self, job_id: str, session: Session) -> bool:
         """Cancel a job of this session by its id; False when it has none with it that runs or waits."""

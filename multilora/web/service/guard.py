@@ -212,6 +212,7 @@ class Guard:
                 _bounded(self._sessions)
         if not all(self._may(text, owner) for text in _texts(data)):
             return (403, "This file belongs to someone else.")
+        scope["multilora.asked"] = owner, data
         return None
 
     def _may(self, path: str, owner: str) -> bool:
@@ -296,6 +297,8 @@ def launch_options(
     """Arguments for gradio's `launch`, as this service wants it: nothing shared, nothing allowed, nothing shown."""
     from starlette.middleware import Middleware
 
+    from multilora.web.service.door import Doorkeeper
+
     return {
         "server_name": host,
         "server_port": port,
@@ -309,7 +312,7 @@ def launch_options(
         "strict_cors": True,
         "state_session_capacity": service.limits.sessions,
         "footer_links": [],
-        "app_kwargs": {"middleware": [Middleware(Guard, service=service)]},
+        "app_kwargs": {"middleware": [Middleware(Guard, service=service), Middleware(Doorkeeper, service=service)]},
     }
 
 

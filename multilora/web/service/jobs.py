@@ -119,17 +119,9 @@ class Line:
                 raise Refused(self.closed, "stopped")
             mine = sum(j.session == job.session for j in self._waiting)
             if mine >= self.limits.per_user:
-                raise Refused(
-                    f"{mine} of your requests wait already; this server lets {self.limits.per_user} wait per user. "
-                    "Wait for one, or cancel one",
-                    "limit",
-                )
+                raise too_many(mine, self.limits.per_user)
             if len(self._waiting) >= self.limits.waiting:
-                raise Refused(
-                    f"the server is busy: {len(self._waiting)} requests wait, which is as many as it takes. Please "
-                    "try again in a minute",
-                    "busy",
-                )
+                raise busy(len(self._waiting))
             self._waiting.append(job)
             self._tell()
             self._changed.notify_all()
@@ -185,6 +177,21 @@ class Line:
     def _tell(self) -> None:
         for position, job in enumerate(self._order()):
             job.put(Event("queued", position=position))
+
+
+def busy(waiting: int, when: str = "in a minute") -> Refused:
+    """What someone is told who finds the line full."""
+    return Refused(
+        f"the server is busy: {waiting} requests wait, which is as many as it takes. Please try again {when}", "busy"
+    )
+
+
+def too_many(mine: int, most: int) -> Refused:
+    """What a user is told whose part of the line is full."""
+    return Refused(
+        f"{mine} of your requests wait already; this server lets {most} wait per user. Wait for one, or cancel one",
+        "limit",
+    )
 
 
 def numbered(event: Event, number: int, of: int) -> Event:
