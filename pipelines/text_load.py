@@ -14,6 +14,7 @@ from multilora import files
 from multilora.lora import Lora
 from multilora.method import unknown
 from multilora.pipelines.load import EMBEDDED, assets, default_device
+from multilora.pipelines.text_ia3 import is_ia3, load_ia3
 
 PEFT_CONFIG = "adapter_config.json"
 _WANTED = "'embedded', a folder that `save_pretrained` wrote, or a hub id such as 'owner/name'"
@@ -118,12 +119,13 @@ def find_text_lora(name: str | Path) -> Path:
 
 
 def text_lora(model: nn.Module, lora: Any, name: str | None = None) -> Lora:
-    """A Lora, a path or a library name as a Lora that fits `model`.
+    """A Lora, a path or a library name as a Lora that fits `model`; a PEFT folder of (IA)^3 vectors is one too.
 
     Raises ValueError when it was made for another architecture or its layers are not the model's.
     """
     if not isinstance(lora, Lora):
-        lora = files.load(find_text_lora(lora), base=model, name=name)
+        path = find_text_lora(lora)
+        lora = load_ia3(path, model, name) if is_ia3(path) else files.load(path, base=model, name=name)
     made, here = lora.card.family, text_family(model)
     if made and here and made != here:
         raise ValueError(

@@ -1,15 +1,20 @@
 """(IA)^3 vectors and full fine-tuning of language models: against PEFT's own layers, and PEM's arithmetic by hand."""
 
 import copy
+import hashlib
 
 import pytest
 import torch
 from peft import IA3Config, get_peft_model
+from safetensors.torch import save_file
 
 import multilora as ml
 from multilora.attach import attached
-from multilora.lab.train.text_other import Scale, as_lora, combined, put, train_ia3, train_whole
+from multilora.lab.train.text_other import put, train_ia3, train_whole
 from multilora.lora import Dense
+from multilora.pipelines.text import composing_text
+from multilora.pipelines.text_ia3 import Scale, as_lora, combined
+from multilora.pipelines.text_load import text_lora
 from tests import tiny_text
 
 PAIRS = [{"prompt": f"{w}=", "completion": w[::-1]} for w in ("abc", "de", "fghij", "kl", "m", "nopq", "rst")]
@@ -115,6 +120,53 @@ def test_a_vector_on_another_layer_is_refused():
         as_lora({"model.embed_tokens": Scale(torch.ones(3), "out")}, model)
     with pytest.raises(ValueError, match=r"k_proj: a vector of \[3\]"):
         as_lora({"model.layers.0.self_attn.k_proj": Scale(torch.ones(3), "out")}, model)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_peft_folder_of_vectors_is_read_and_obeys_pems_rules(family, tmp_path):
+    """Read as LoRAs: alone, negated, added and as an analogy, each against PEFT's layers with the vector by hand."""
+    model = _given(family)[0]
+    ends = (["k_proj", "v_proj", "down_proj"], ["down_proj"]) if family == "llama" else (["k", "v", "wo"], ["wo"])
+    theirs = get_peft_model(copy.deepcopy(model), IA3Config(target_modules=ends[0], feedforward_modules=ends[1]))
+    layers = [m.ia3_l["default"] for m in theirs.modules() if hasattr(m, "ia3_l")]
+    vectors, folders, generator = [], [], torch.Generator().manual_seed(1)
+    for name in "abc":
+        vectors.append([1 + torch.randn(v.shape, generator=generator) / 4 for v in layers])
+        for v, new in zip(layers, vectors[-1], strict=True):
+            v.data.copy_(new)
+        theirs.save_pretrained(tmp_path / name)
+        folders.append(tmp_path / name)
+    base = _logits(model, family)
+    for weights in ([1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.3, 0.7, 0.0], [1.0, 1.0, -1.0]):
+        for v, *three in zip(layers, *vectors, strict=True):
+            v.data.copy_(1 + sum(w * (one - 1) for w, one in zip(weights, three, strict=True)))
+        with composing_text(model, [str(f) for f in folders], weights=weights):
+            ours = _logits(model, family)
+        torch.testing.assert_close(ours, _logits(theirs, family), rtol=1e-3, atol=1e-4)
+        assert (ours - base).abs().max() > 1e-2
+    lora = text_lora(model, folders[0])
+    digest = hashlib.sha256((folders[0] / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert (lora.card.name, lora.card.sha256) == ("a", digest)
+
+
+def test_a_folder_that_holds_no_vectors_of_this_model_is_refused_by_key(tmp_path):
+    model, folder = _given("llama")[0], tmp_path / "ia3"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ValueError, match=r"ia3: adapter_model\.safetensors is missing"):
+        text_lora(model, folder)
+    key = "base_model.model.model.layers.0.self_attn.k_proj.ia3_l"
+    for tensors, message in (
+        ({key: torch.ones(3, 1)}, r"k_proj: a vector of \[3\]"),
+        ({key: torch.ones(3, 2)}, r"k_proj\.ia3_l has shape \[3, 2\], wanted \[out, 1\] or \[1, in\]"),
+        ({key: torch.full((16, 1), float("nan"))}, "no finite numbers"),
+        ({key.replace("layers.0", "layers.9"): torch.ones(16, 1)}, r"layers\.9.*no such layer"),
+        ({"base_model.model.lm_head.weight": torch.ones(3, 1)}, r"lm_head\.weight: wanted"),
+        ({}, "no \\(IA\\)\\^3 vector"),
+    ):
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            text_lora(model, folder)
 
 
 def test_full_fine_tuning_lowers_the_loss_and_leaves_the_model():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from multilora.lab.reproduce.bench import Bench, Experiment, Target, mean_interval, rate, shown
 from multilora.lab.result_chart import Point, draw_points
-from multilora.lab.train.text_other import as_lora, combined, train_ia3
+from multilora.lab.train.text_other import train_ia3
 from multilora.lab.world.language import Example, stream
 from multilora.lab.world.language_loras import PLANS, TextPlan, as_texts, plan_examples
 from multilora.lab.world.report import Journal
@@ -20,6 +20,7 @@ from multilora.lab.world.settings import TEXT_FULL
 from multilora.lab.world.tables import share, table, wilson
 from multilora.lora import Lora
 from multilora.merge.factor import factor
+from multilora.pipelines.text_ia3 import as_lora, combined
 
 RANK = 4  # factor sums want one rank
 SKILLS = tuple(n for n, p in PLANS.items() if p.category == "skill" and p.rank == RANK)

@@ -1,15 +1,11 @@
 """What else is trained on a language model's texts, to compare LoRAs with: all of its weights, or (IA)^3 vectors.
 
-(IA)^3 (arXiv 2205.05638) rescales keys and values where they leave their layers, and the inner activations of a
-feed-forward block where they enter its last layer: y = (W x) * l, or y = W (x * l). Either is W plus an update that is
-linear in l - 1, so that as Loras the vectors obey PEM's rules (arXiv 2306.14870) in update space: negation 2 - l is
-weight -1, and the mean of vectors is the mean of updates.
+What the vectors are, and PEM's arithmetic with them: multilora.pipelines.text_ia3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +15,8 @@ from torch import Tensor, nn
 from multilora.lab.train import adapt
 from multilora.lab.train.text import TextRun, borrowed, padding
 from multilora.lab.train.text_data import digest, read_texts, tokenised
-from multilora.lora import Card, Dense, Lora
+from multilora.pipelines.text_ia3 import Scale
 from multilora.pipelines.text_load import check_tokenizer, is_seq2seq, text_family
-
-
-@dataclass(frozen=True)
-class Scale:
-    """An (IA)^3 vector of one layer. side: "out", on what it gives [out], or "in", on what it gets [in]."""
-
-    vector: Tensor
-    side: str
 
 
 def train_whole(
@@ -116,35 +104,6 @@ def train_ia3(
                 setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
             if hasattr(model, "peft_config"):
                 del model.peft_config
-
-
-def combined(terms: Sequence[Mapping[str, Scale]], weights: Sequence[float]) -> dict[str, Scale]:
-    """1 + sum_i w_i (l_i - 1): PEM's addition for weights that sum to 1, its negation 2 - l for one term at -1."""
-    found = {}
-    for path in dict.fromkeys(path for term in terms for path in term):
-        here = [(term[path], w) for term, w in zip(terms, weights, strict=True) if path in term]
-        found[path] = Scale(1.0 + sum(w * (one.vector - 1.0) for one, w in here), here[0][0].side)
-    return found
-
-
-def as_lora(scales: Mapping[str, Scale], model: nn.Module, name: str = "") -> Lora:
-    """The vectors as updates of the model's weights: W * (l - 1) along the rows or columns, biases with the rows.
-
-    Raises ValueError for a layer that is no nn.Linear, or that a vector does not fit.
-    """
-    parts = {}
-    for path, scale in scales.items():
-        layer = model.get_submodule(path)
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"{path}: (IA)^3 vectors belong to linear layers, this is a {type(layer).__name__}")
-        wanted = layer.out_features if scale.side == "out" else layer.in_features
-        if tuple(scale.vector.shape) != (wanted,):
-            raise ValueError(f"{path}: a vector of {list(scale.vector.shape)}, the layer wants [{wanted}]")
-        change = (scale.vector - 1.0).to(layer.weight)
-        weight = layer.weight.detach() * (change[:, None] if scale.side == "out" else change[None])
-        bias = layer.bias.detach() * change if scale.side == "out" and layer.bias is not None else None
-        parts[path] = Dense(weight, bias)
-    return Lora(parts, Card(name, family=text_family(model)))
 
 
 @torch.no_grad()
