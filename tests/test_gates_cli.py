@@ -77,6 +77,9 @@ def test_from_training_to_a_picture_and_a_map(capsys, world, tmp_path):
         (["gates", "show", "nothing", "a fox"], "unknown gate"),
         (["train", "gate", *loras, "--out", "g.safetensors", *base], "exists already; --force"),
         (["train", "gate", "--lora", "fox:0.5", "--out", "h.safetensors"], "a gate finds the weights"),
+        (["train", "gate", *loras, "--out", "h.safetensors", "--kind", "switch"],
+         "unknown --kind 'switch'. Nearest: token_switch. Known: loramoe, mole, token_switch."),
+        (["train", "gate", *loras, "--out", "h.safetensors", "--head", "q"], "--head: a gate of kind mole has no"),
         (["train", "gate", *loras, "--out", "h.safetensors", "--data", "none", *base], "there is no such file"),
     ):  # fmt: skip
         status, _, err = call(capsys, *words)

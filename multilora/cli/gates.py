@@ -10,7 +10,9 @@ import typer
 from multilora.cli import arguments
 from multilora.cli.console import bars, note, print_json, print_table
 from multilora.cli.train import train
+from multilora.method import unknown
 
+KINDS = ("mole", "loramoe", "token_switch")
 gates = typer.Typer(help="gates: what there is, and what one does", no_args_is_help=True)
 
 
@@ -153,7 +155,7 @@ def train_gate(
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="FILE_OR_LIBRARY_NAME, at least two; repeat. None of loramoe")
     ] = None,
-    kind: Annotated[str, typer.Option(help="mole; token_switch or loramoe of a language model")] = "mole",
+    kind: Annotated[str, typer.Option(help="mole; token_switch or loramoe of a language model")] = KINDS[0],
     base: Annotated[
         str, typer.Option(help="'embedded', a folder of a pipeline or language model, or a hub id")
     ] = "embedded",
@@ -172,6 +174,9 @@ def train_gate(
         float | None, typer.Option(help="of loramoe: of the balancing constraint, default 0.1; negative turns it")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="of token_switch: LoRAs that a token picks, default 2")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="of token_switch: path of the linear to route by, default the first to run")
+    ] = None,
     token: Annotated[
         bool, typer.Option("--token", help="of pictures: a share per position, with --per linear")
     ] = False,
@@ -195,6 +200,8 @@ def train_gate(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Train a gate for frozen LoRAs, or with its experts (loramoe); run again to go on where it stopped."""
+    if kind not in KINDS:
+        raise unknown("--kind", kind, KINDS)
     wanted = [arguments.read_lora(text) for text in lora or []]
     for one in wanted:
         if one.weight is not None or one.name is not None:
@@ -222,7 +229,7 @@ def train_gate(
         plain = {"token": None, "timestep": True, "sums": "one", "temperature": 1.0, "draws": 8, "size": None}
         _refuse(kind, [name for name, value in of_mole.items() if value != plain[name]])
     if kind == "loramoe":
-        of_others = {"lora": lora, "per": per, "top_k": top_k}
+        of_others = {"lora": lora, "per": per, "top_k": top_k, "head": head}
         _refuse(kind, [name for name, value in of_others.items() if value is not None])
         if data is None:
             raise ValueError("--data is missing: loramoe learns from prompts and completions (.jsonl)")
@@ -234,9 +241,9 @@ def train_gate(
     elif kind == "token_switch":
         from multilora.lab.train.token_switch import train as run
 
-        shared |= {"top_k": top_k}
+        shared |= {"top_k": top_k, "head": head}
     else:
-        _refuse(kind, [] if top_k is None else ["top_k"])
+        _refuse(kind, [name for name, value in {"top_k": top_k, "head": head}.items() if value is not None])
         from multilora.lab.train.gates import train as run
 
         shared |= {"kind": kind, **of_mole}
