@@ -371,7 +371,7 @@ def test_the_stages_run_and_resume(tmp_path):
     assert not [line for line in lines if "text LoRA" in line or "text report" in line]  # all was there
     assert (tmp_path / "assets" / "text" / "loras" / "sort" / "adapter_model.safetensors").read_bytes() == before
     assert (tmp_path / "assets" / "text" / "model.safetensors").read_bytes() == weights
-    with pytest.raises(ValueError, match="base, loras, report"):
+    with pytest.raises(ValueError, match="base, loras, gates, report"):
         stages.train(tmp_path, stages=["eyes"], smoke=True, echo=lines.append, text=True)
 
 
