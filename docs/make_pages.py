@@ -25,7 +25,7 @@ from multilora.method import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 README, IDEAS = ROOT / "README.md", ROOT / "docs" / "ideas"
-KEPT = ROOT / "docs" / "world" / "evaluation"  # cells.csv, costs.csv and about.json of the evaluation shown
+KEPT = ROOT / "docs" / "world" / "evaluation"  # cells.csv, costs.csv and evaluation.json of the evaluation shown
 KS = (2, 3, 4, 5)
 # method -> when to use it; a method that is not here is found by `multilora methods`
 WHEN = {
@@ -58,13 +58,14 @@ def main() -> None:
 
 
 def keep(folder: Path) -> None:
-    """Copy an evaluation's cells and costs. Raises ValueError when it has no tables yet."""
+    """Copy an evaluation's plan, cells and costs. Raises ValueError when it has no tables yet."""
     tables = folder / "tables"
     if not (tables / "cells.csv").is_file():
         raise ValueError(f"{folder}: no tables/cells.csv in it; let `multilora eval --out {folder}` end first")
     KEPT.mkdir(parents=True, exist_ok=True)
     for name in ("cells.csv", "costs.csv"):
         shutil.copyfile(tables / name, KEPT / name)
+    shutil.copyfile(folder / "evaluation.json", KEPT / "evaluation.json")
 
 
 def pages() -> list[Path]:
@@ -132,6 +133,10 @@ def leaderboard() -> str:
     order = sorted(found, key=lambda name: -sum(cell[0] for cell in found[name].values()) / len(found[name]))
     rows = [f"| method | {' | '.join(f'k = {k}' for k in KS)} |", f"|---|{'---|' * len(KS)}"]
     rows += [f"| {name} | {' | '.join(_said(found[name][k]) for k in KS)} |" for name in order]
+    if (KEPT / "evaluation.json").is_file():
+        plan = json.loads((KEPT / "evaluation.json").read_text(encoding="utf-8"))
+        told = f"{plan['steps']} steps, guidance {plan['guidance']:g}, every LoRA at weight 1"
+        rows += ["", f"{told}, the same noise for all; what a picture costs: `docs/world/evaluation/costs.csv`."]
     return "\n".join(rows)
 
 
