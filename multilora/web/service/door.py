@@ -126,7 +126,8 @@ class Doorkeeper:
     async def _refuse(self, send: Any, error: Refused) -> None:
         """In the form of gradio's own refusals, which its clients know: 503 is a full queue."""
         words = json.dumps({"detail": str(error), "error": str(error)}).encode()
-        headers = [(b"content-type", b"application/json"), (b"retry-after", b"%d" % self.door.seconds())]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(words)),
+                   (b"retry-after", b"%d" % self.door.seconds())]  # fmt: skip
         status = 429 if error.code == "limit" else 503
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": words})
