@@ -186,6 +186,7 @@ def rows() -> list[Row]:
         Row(40, "A worker of a server that dies or hangs; a server that is full", "Ask again, in a minute where it "
             "says so.", [*[c for c in r.queues() if not c.name.startswith("session")], *r.workers()],
             ("test_service.py::test_a_worker_killed_in_mid_picture_is_replaced_and_the_picture_made",
+             "test_service_door.py::test_a_refusal_is_gradio_s_own_kind_and_gradio_is_not_asked",
              "test_batch_ray.py::test_a_killed_actor_is_replaced_and_its_item_not_blamed")),
     ]  # fmt: skip
 

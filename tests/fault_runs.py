@@ -13,6 +13,8 @@ from multilora.lab.evaluate.items import items_of, read_items
 from multilora.lab.evaluate.journal import Journal
 from multilora.lab.evaluate.workers import Unusable
 from multilora.web.service import Compose, Limits, Refused, Service
+from multilora.web.service.door import Door
+from multilora.web.service.health import Counts
 from multilora.web.service.jobs import Job, Line
 from multilora.web.service.limits import check
 from multilora.web.service.sessions import Sessions
@@ -83,12 +85,23 @@ def queues() -> list[Case]:
         assert [job.id for job in line.jobs()] == before
         return text
 
+    def at_door(bench, folder, owners, owner):
+        door = Door(Line(Limits(waiting=3, per_user=2)), 1, Counts())
+        places = [door.enter(each, ()) for each in owners]
+        text = _refused(lambda: door.enter(owner, ()))
+        assert door.places == places
+        return text
+
     def session(bench, folder, key):
         return _refused(lambda: Sessions(folder, Limits()).get(key))
 
     return [
         case_of("a line that is full", "the server is busy: 3 requests wait", say, waiting="abc", session="d"),
         case_of("a third request of one user", "2 of your requests wait already", say, waiting="aa", session="a"),
+        case_of("a picture, by the app, while one is drawn and the line is full", "again in 10 s", at_door,
+                owners="abcd", owner="e"),
+        case_of("a picture, by the app, of one who has one drawn and two waiting", "2 of your requests wait already",
+                at_door, owners="aaa", owner="a"),
         case_of("a server that stops", "the server is stopping", say, waiting="a", session="b", closed=True),
         *[case_of(f"session {k!r:.12}", "1 to 200 characters", session, key=k) for k in ("", "x" * 201, None, 3)],
     ]
