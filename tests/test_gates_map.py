@@ -47,3 +47,17 @@ def test_of_a_text_token_by_token():
     assert draw_map(found, title="arrow").height > 100
     with pytest.raises(ValueError, match="reads two"):
         map_of_text(tiny_text.model("t5"), tiny_text.tokenizer(True), loras, resolve("route", "arrow"), "a")
+
+
+def test_of_a_text_without_a_gate_and_with_a_lora_at_0():
+    """The mean has one answer for all tokens; a LoRA of weight 0 is not in the map."""
+    model, tokenizer, loras = tiny_text.model("llama"), tiny_text.tokenizer(), tiny_text.loras("llama", 3)
+    even = resolve("route", "token_switch")
+    found = map_of_text(model, tokenizer, loras, even, "abc 12", weights=[1.0, 0.0, 0.5], max_new_tokens=3)
+    assert found.names == (loras[0].card.name, loras[2].card.name)
+    assert found.prompt == 6
+    assert len(found.columns) == len(found.shares) >= 6
+    assert "".join(found.columns) + found.unread != "".join(found.columns)
+    torch.testing.assert_close(found.shares, torch.full_like(found.shares, 0.5))
+    with pytest.raises(ValueError, match="no LoRA with a weight other than 0"):
+        map_of_text(model, tokenizer, loras, even, "abc 12", weights=[0.0] * 3)

@@ -22,7 +22,7 @@ from tests.service_here import served as serve
 
 OURS = {
     "merge", "list_merge_methods", "compare_loras", "preview_merge", "list_loras", "upload_lora", "inspect_lora",
-    "remove_lora", "load_base", "answer", "list_text_loras",
+    "remove_lora", "load_base", "answer", "list_text_loras", "text_gate_map",
 }  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def test_a_tool_says_what_its_arguments_are(served):
         ("/load_base", ("/etc",), "not served here"),
         ("/answer", ("reverse korv =", ["/etc/passwd"]), "unknown text LoRA"),
         ("/answer", (" ",), "no prompt"),
+        ("/text_gate_map", ("sort ab =", ["sort"], None, "mole", "/etc/passwd"), "unknown gate of mole"),
+        ("/text_gate_map", ("sort ab =", ["sort"], None, "merge"), "asks no gate"),
         ("/preview_merge", (["korv"], "file:none"), "not a file"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from multilora.gates import embedded_gates, read_gate
+from multilora.pipelines.load import library
+from multilora.pipelines.text_load import text_library
 from multilora.recipe import Recipe
 from multilora.web.gate_map import gated, told, unresolved
 from multilora.web.options import embedded
@@ -14,7 +16,11 @@ def test_the_gates_of_a_kind_are_read_off_the_headers():
     for kind in ("mole", "loramoe", "no such kind"):
         whole = {name: read_gate(name) for name in embedded_gates()}
         of_kind = {name: [lora["name"] for lora in gate.loras] for name, gate in whole.items() if gate.kind == kind}
-        assert embedded(kind) == of_kind
+        pictures, texts = embedded(kind), embedded(kind, language=True)
+        assert pictures | texts == of_kind
+        assert not {*pictures} & {*texts}
+        assert all(name in library() for own in pictures.values() for name in own)
+        assert all(name in text_library() for own in texts.values() for name in own)
     assert len(embedded("mole")) >= 2
 
 

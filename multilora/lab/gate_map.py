@@ -6,9 +6,8 @@ draw_map(found, title="zib_merlo_burgo").save("map.png")
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from multilora.lab.sheet import GREY, INK, LINE, MARGIN
 from multilora.lora import Lora
 from multilora.method import Bound
 from multilora.pipelines.composing import composing
-from multilora.pipelines.lanes import lane
-from multilora.pipelines.text import composing_text
+from multilora.pipelines.text import TextComposer
 from multilora.pipelines.text_load import is_seq2seq
 from multilora.routing import Asked, mean_shares
 from multilora.trace import Seen, by_step, traced
@@ -40,6 +38,8 @@ class GateMap:
     columns  [n] what a column is: the number of its step, or its token
     axis     "step" or "token"
     made     the picture, or the text with its prompt
+    prompt   how many of the columns are tokens of the prompt
+    unread   the last token of a text, which was made and not read: no gate was asked about it
     """
 
     names: tuple[str, ...]
@@ -48,6 +48,8 @@ class GateMap:
     columns: tuple[str, ...]
     axis: str
     made: Any = None
+    prompt: int = 0
+    unread: str = ""
 
     @property
     def strongest(self) -> float:
@@ -106,29 +108,53 @@ def map_of_text(
     bound: Bound,
     prompt: str,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Any] | None = None,
     max_new_tokens: int = 24,
+    cancel: Any = None,
+    **generate: Any,
 ) -> GateMap:
-    """Answer a prompt greedily and keep what the gate answers for every token that the model reads.
+    """Answer a prompt and keep what the gate answers for every token that the model reads.
 
-    Raises ValueError for a method that asks no gate, and for an encoder-decoder, whose tokens are two texts.
+    generate  as of TextComposer: do_sample (default False), temperature, seed, ...
+
+    LoRAs of weight 0 have no part. Raises ValueError for a method that asks no gate, weights that are all 0, an
+    encoder-decoder, whose tokens are two texts, and what TextComposer refuses.
     """
     if is_seq2seq(model):
         raise ValueError("a gate's map is of one text; an encoder-decoder reads two")
+    composer, read = TextComposer(model, tokenizer), _Read()
+    composer.loras.clear()  # adapters that PEFT put on the model
+    for lora, weight in zip(loras, weights or [None] * len(loras), strict=True):
+        composer.add(lora, weight=weight)
+    used = [member.lora for member in composer.loras.values() if not member.weight.is_zero]
+    if not used:
+        raise ValueError("no LoRA with a weight other than 0: no gate is asked")
     watched, runs = traced(bound)
-    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(next(model.parameters()).device)
-    with lane(model), contextlib.ExitStack() as stack:
-        stack.enter_context(composing_text(model, list(loras), watched, weights=weights))
-        made = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)[0]
+    settings = {"do_sample": False, **generate, "max_new_tokens": max_new_tokens, "cancel": cancel}
+    composer(prompt, watched, streamer=read, **settings)
     rows: list[dict[str, Tensor]] = []
-    for asked in _asked(_drawn(runs, bound)):
-        tokens = max(s.shape[1] if s.ndim == 3 else 1 for s in asked.shares.values())
-        for t in range(tokens):
+    for call, asked in enumerate(_asked(_drawn(runs, bound))):
+        for t in range(1 if call else read.prompt):
             rows.append({g: s[0, t] if s.ndim == 3 else s.reshape(-1, s.shape[-1])[0]
                          for g, s in asked.shares.items()})  # fmt: skip
-    words = [tokenizer.decode([token]) for token in made.tolist()]
-    text = tokenizer.decode(made, skip_special_tokens=True)
-    return _gathered(loras, rows, words[: len(rows)], "token", text)
+    words, text = [tokenizer.decode([i]) for i in read.ids], tokenizer.decode(read.ids, skip_special_tokens=True)
+    found = _gathered(used, rows, words[: len(rows)], "token", text)
+    return replace(found, prompt=read.prompt, unread="".join(words[len(rows) :]))
+
+
+class _Read:
+    """A streamer of transformers: the ids of a text, and how many of them are its prompt's."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.prompt = 0
+
+    def put(self, ids: Tensor) -> None:
+        self.ids += ids.reshape(-1).tolist()
+        self.prompt = self.prompt or len(self.ids)
+
+    def end(self) -> None:
+        """Nothing is kept back."""
 
 
 def _drawn(runs: Sequence[Sequence[Seen]], bound: Bound) -> list[Seen]:
@@ -182,7 +208,7 @@ def _panel(found: GateMap, i: int) -> Image.Image:
         draw.line((left, y + high, WIDTH - MARGIN, y + high), fill=LINE)
     spelled = found.axis == "token" and wide >= 14
     for c in range(n) if spelled else [t for t in _ticks(max(1, n - 1)) if t < n]:
-        word = found.columns[c] if found.axis == "step" else found.columns[c].strip() or "␣" if spelled else str(c)
+        word = found.columns[c] if found.axis == "step" else found.columns[c].strip() or "·" if spelled else str(c)
         at = (left + wide * (c + 0.5), bottom + 6)
         draw.text(at, _cut(word, font, wide) if spelled else word, font=font, fill=GREY, anchor="mt")
     draw.text(((left + WIDTH - MARGIN) / 2, bottom + 30), found.axis, font=font, fill=GREY, anchor="mt")

@@ -33,17 +33,22 @@ def control(option: Option, method: str = "", **more: Any) -> Any:
     return gr.Textbox(option.default or "", placeholder="as it is" if option.default is None else "", **words)
 
 
-def embedded(kind: str) -> dict[str, list[str]]:
-    """Name of each embedded gate of a kind -> its LoRAs, off the headers: this process needs no torch."""
+def embedded(kind: str, language: bool = False) -> dict[str, list[str]]:
+    """Name of each embedded gate of a kind -> its LoRAs, off the headers: this process needs no torch.
+
+    language  gates whose LoRAs are the text model's, else those whose LoRAs are the picture model's
+    """
     from safetensors import safe_open
 
     from multilora.pipelines.load import assets
 
+    library = assets() / ("text/loras" if language else "loras") / "library.json"
+    own = {lora["sha256"] for lora in json.loads(library.read_text(encoding="utf-8"))["loras"]}
     found = {}
     for path in sorted((assets() / "gates").glob("*.safetensors")):
         with safe_open(path, framework="np") as file:
             card = json.loads(file.metadata()["multilora_gate"])
-        if card["kind"] == kind:
+        if card["kind"] == kind and own.issuperset(lora["sha256"] for lora in card["loras"]):
             found[path.stem] = [lora["name"] for lora in card["loras"]]
     return found
 

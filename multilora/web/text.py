@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import gradio as gr
@@ -16,6 +17,7 @@ from multilora.web.endpoints import endpoint
 from multilora.web.options import explained
 from multilora.web.service import Refused, Service, Session, Share, Text
 from multilora.web.shell import Shell
+from multilora.web.text_gate import GateTokens, gates_of, looked_at, options_of
 
 MOST = 6  # LoRAs with a slider of their own
 KINDS = {"base": "Base model alone", "loras": "With the LoRAs", "merged": "LoRAs merged into one"}
@@ -56,15 +58,19 @@ def answered(service: Service, session: Session, request: Text) -> Iterator[tupl
     yield facts["answers"], f"answered: {took}"
 
 
-def asked(prompt: str, loras: Sequence[str], weights: Sequence[float] | None, **more: Any) -> Text:
-    """The request. Raises Refused when weights and LoRAs do not go together, or there is no prompt."""
+def asked(
+    prompt: str, loras: Sequence[str], weights: Sequence[float] | None, method: str = "merge", gate: str = "",
+    **more: Any,
+) -> Text:  # fmt: skip
+    """The request. Raises Refused when weights and LoRAs do not go together, or there is no prompt; UnknownName for a
+    gate that is no embedded one of the method."""
     if not (prompt or "").strip():
         raise Refused("no prompt: write a question, such as 'reverse korv ='")
     weights = weights or [1.0] * len(loras)
     if len(weights) != len(loras):
         raise Refused(f"weights: {len(weights)} numbers for {len(loras)} LoRAs, one each is wanted")
     shares = tuple(Share(reference=name, weight=w) for name, w in zip(loras, weights, strict=True))
-    return Text(prompt=prompt, loras=shares, **more)
+    return Text(prompt=prompt, loras=shares, method=method, options=options_of(method, gate), **more)
 
 
 def page(shell: Shell) -> None:
@@ -94,6 +100,10 @@ def page(shell: Shell) -> None:
                 method = gr.Dropdown([(n.replace("_", " "), n) for n in routes], value="merge",
                                      label="Method while it answers", info="a step is a token here")  # fmt: skip
                 about = gr.HTML(explained(routes["merge"]), apply_default_css=False)
+                gate = gr.Dropdown(
+                    [("none", "")], value="", label="Gate", visible=False, interactive=True, elem_id="ml-text-gate",
+                    info="trained for its LoRAs, which it brings along; none: equal shares",
+                )  # fmt: skip
                 merge = gr.Dropdown([(n.replace("_", " "), n) for n in plain], value="linear",
                                     label="Merge", info="how the third answer's LoRAs become one")  # fmt: skip
                 how = gr.HTML(explained(merges["linear"]), apply_default_css=False)
@@ -115,38 +125,58 @@ def page(shell: Shell) -> None:
                                elem_id=f"ml-answer-{kind}")
                     for kind, label in KINDS.items()
                 ]  # fmt: skip
+            tokens_of = GateTokens(shell)
 
     def weigh(names: list[str]) -> list[Any]:
         shown = [*names[:MOST], *[""] * MOST][:MOST]
         return [gr.Slider(visible=bool(name), label=f"weight of {name}") for name in shown]
 
+    def ways(which: str, names: list[str]) -> list[Any]:
+        """The chosen method in words, and its gates; the first one for the chosen LoRAs is taken, of several."""
+        known = gates_of(which)
+        fitting = [name for name, own in (known or {}).items() if len(names) > 1 and {*names} <= {*own}]
+        choices = [("none", ""), *((" + ".join(own), name) for name, own in (known or {}).items())]
+        shown = gr.Dropdown(choices, value=next(iter(fitting), ""), visible=known is not None)
+        return [explained(routes[which]), shown]
+
+    def made_for(which: str, name: str) -> Any:
+        """A gate that is chosen brings its LoRAs."""
+        return (gates_of(which) or {}).get(name) or gr.skip()
+
     def run(
-        request: gr.Request, text: str, names: list[str], which: str, merged: str, new: float, heat: float,
-        number: float, base: str, *weights: float,
-    ) -> Iterator[list[Any]]:  # fmt: skip
-        yield [words.said("asking"), "", "", ""]
+        request: gr.Request, text: str, names: list[str], which: str, chosen: str, merged: str, new: float,
+        heat: float, number: float, base: str, *weights: float,
+    ) -> Iterator[dict[Any, Any]]:  # fmt: skip
+        yield {status: words.said("asking"), **dict.fromkeys(answers, ""), **tokens_of.of(which, names)}
         try:
             if len(names) > MOST:
                 raise Refused(f"{len(names)} LoRAs: this page takes up to {MOST}, the API more")
             wanted = asked(
-                text, names, weights[: len(names)], method=which, merge=merged, tokens=int(new), temperature=heat,
+                text, names, weights[: len(names)], which, chosen, merge=merged, tokens=int(new), temperature=heat,
                 seed=int(number or 0), model=(base or "embedded").strip(),
             )  # fmt: skip
-            for said, line in answered(service, shell.session(request), wanted):
-                yield [words.said(line), *(said[kind] for kind in KINDS)]
+            session = shell.session(request)
+            for said, line in answered(service, session, wanted):
+                yield {status: words.said(line), **dict(zip(answers, (said[kind] for kind in KINDS), strict=True))}
         except ValueError as error:
-            yield [words.said(str(error), bad=True), *[gr.skip()] * len(KINDS)]
+            yield {status: words.said(str(error), bad=True), tokens_of.group: gr.update(visible=False)}
+            return
+        yield from tokens_of.follow(wanted, session)
 
     quiet = {"show_progress": "hidden", **_PRIVATE}
     loras.change(weigh, loras, sliders, **quiet)
-    method.change(lambda name: explained(routes[name]), method, about, **quiet)
+    method.change(ways, [method, loras], [about, gate], **quiet)
+    gate.input(made_for, [method, gate], loras, **quiet)
     merge.change(lambda name: explained(merges[name]), merge, how, **quiet)
-    inputs = [prompt, loras, method, merge, tokens, temperature, seed, model, *sliders]
+    inputs = [prompt, loras, method, gate, merge, tokens, temperature, seed, model, *sliders]
+    outputs = [status, *answers, *tokens_of.components]
     running = [
-        start(run, inputs, [status, *answers], scroll_to_output=True, show_progress="minimal", **_PRIVATE)
+        start(run, inputs, outputs, scroll_to_output=True, show_progress="minimal", **_PRIVATE)
         for start in (go.click, prompt.submit)
     ]
-    stop.click(lambda: words.said("stopped"), None, status, cancels=running, **_PRIVATE)
+    stop.click(
+        lambda: [words.said("stopped"), ""], None, [status, tokens_of.said], cancels=running, **_PRIVATE
+    )  # fmt: skip
     _endpoints(shell)
 
 
@@ -162,7 +192,7 @@ def _endpoints(shell: Shell) -> None:
     def answer(
         prompt: str, loras: list[str] | None = None, weights: list[float] | None = None, method: str = "merge",
         merge: str = "linear", answers: list[Literal["base", "loras", "merged"]] | None = None, tokens: int = 24,
-        temperature: float = 0.0, seed: int = 0, request: gr.Request = None,
+        temperature: float = 0.0, seed: int = 0, gate: str = "", request: gr.Request = None,
     ) -> Iterator[dict[str, str]]:  # fmt: skip
         """Answer a prompt with the embedded language model: alone, with LoRAs, and with them merged into one.
 
@@ -176,13 +206,36 @@ def _endpoints(shell: Shell) -> None:
             tokens: new ones at most
             temperature: 0 takes the likeliest token each time
             seed: of drawing
+            gate: for mole, token_switch and loramoe, the name of an embedded gate of these LoRAs; none: equal shares
         Returns:
             base, loras, merged: the answers
         """
-        more = {"method": method, "merge": merge, "tokens": tokens, "temperature": temperature, "seed": seed}
-        wanted = asked(prompt, loras or [], weights, answers=tuple(answers or KINDS), **more)
+        more = {"merge": merge, "tokens": tokens, "temperature": temperature, "seed": seed}
+        wanted = asked(prompt, loras or [], weights, method, gate, answers=tuple(answers or KINDS), **more)
         for said, _ in answered(shell.service, shell.session(request), wanted):
             yield said
 
-    for fn in (list_text_loras, answer):
+    def text_gate_map(
+        prompt: str, loras: list[str], weights: list[float] | None = None, method: str = "token_switch",
+        gate: str = "", tokens: int = 24, temperature: float = 0.0, seed: int = 0, request: gr.Request = None,
+    ) -> tuple[Path, dict]:  # fmt: skip
+        """Answer a prompt with a gated method (token_switch, mole, loramoe, arrow): each LoRA's share of each token.
+
+        Args:
+            prompt: such as "reverse korv ="
+            loras: names, see list_text_loras
+            weights: one number per LoRA, may be negative; default 1 each
+            method: one that asks a gate
+            gate: name of an embedded gate of these LoRAs; none: equal shares. Arrow needs none
+            tokens: new ones at most
+            temperature: 0 takes the likeliest token each time
+            seed: of drawing
+        Returns:
+            a PNG of the shares by layer and token, and {"names", "colours", "tokens", "groups", "strongest",
+            "sharpest"}: tokens are {"token", "prompt", "shares"}, the shares of "names"; null for the last, unread one
+        """
+        more = {"tokens": tokens, "temperature": temperature, "seed": seed}
+        return looked_at(shell, asked(prompt, loras, weights, method, gate, **more), shell.session(request))
+
+    for fn in (list_text_loras, answer, text_gate_map):
         endpoint(fn)

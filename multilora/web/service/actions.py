@@ -192,4 +192,4 @@ def fisher(engine: Any, call: Any) -> Result:
     return Result(facts=facts, files=[Output(f"{lora.card.name or 'lora'}-fisher.safetensors", path)])
 
 
-from multilora.web.service import language, studies  # noqa: E402, F401 - they register their actions here
+from multilora.web.service import language, studies, text_gate  # noqa: E402, F401 - they register their actions here
