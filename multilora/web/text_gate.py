@@ -31,7 +31,7 @@ STYLE = """<style>
 .ml-key li{margin:.15rem 0}
 .ml-key i{display:inline-block;width:1em;height:1em;border-radius:2px;vertical-align:-.15em}
 .ml-key small,.ml-read{color:var(--body-text-color-subdued)}
-.ml-read{margin:.6rem 0 .1rem;font-size:var(--text-sm)}
+.ml-read{margin:0;padding:.6rem 0 .1rem;font-size:var(--text-sm)}
 .ml-shares summary{cursor:pointer;color:var(--body-text-color)}
 .ml-shares td,.ml-shares th{font-variant-numeric:tabular-nums}
 </style>"""
