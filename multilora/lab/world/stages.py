@@ -57,7 +57,7 @@ STAGES = {
 TEXT_STAGES = {
     "base": (_later("language_train"), "generated questions and answers -> assets/text: model and tokenizer"),
     "loras": (_later("language_loras"), "the same -> assets/text/loras"),
-    "gates": (_later("language_gates"), "training prompts -> assets/gates: gates of four of them, assets/gates/README.md"),
+    "gates": (_later("language_gates"), "training prompts -> assets/gates: gates of four of them, README.md"),
     "report": (_later("language_report"), "assets/text -> text/report.jsonl, assets/text/README.md"),
 }
 
