@@ -23,7 +23,7 @@ _CPU_SECONDS, _SECONDS = 10.0, 120.0  # of one case, of 2 s at most on a slow ma
 @contextlib.contextmanager
 def no_hang():
     def stop(number, frame):
-        raise TimeoutError(f"hang: above {_CPU_SECONDS} s of computing, or {_SECONDS} s")
+        raise TimeoutError(f"hang: above {_CPU_SECONDS} s of computing, or too long without")
 
     before = signal.signal(signal.SIGPROF, stop), signal.signal(signal.SIGALRM, stop)
     rearm()
@@ -36,10 +36,10 @@ def no_hang():
         signal.signal(signal.SIGALRM, before[1])
 
 
-def rearm():
+def rearm(seconds=_SECONDS):
     """Within no_hang: from now on, the whole time anew."""
     signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def fingerprint(pipe) -> str:
