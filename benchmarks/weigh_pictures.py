@@ -1,6 +1,9 @@
 """LoRAHub and learned weights against the best Merge of a grid of weights, on the embedded world's test split, k = 3.
 
     python benchmarks/weigh_pictures.py JOURNAL [--pictures 200] [--budget 40] [--sets N] [--steps 25] [--table]
+    python benchmarks/weigh_pictures.py JOURNAL --sets 6 --pictures 102 --part 1 --parts 2    # one of two processes
+
+With fewer sets than all, LoRAs come about equally often in them.
 
 For every set of three test-split LoRAs: weights by grid, LoRAHub and learning, from search prompts and seeds alone
 (CLIP and recogniser A; learned: each LoRA's own predictions). Then pictures of the report's held-out prompts and
@@ -11,6 +14,7 @@ that no honest choice reaches. The journal is one line per finished piece; run a
 
 import argparse
 import math
+from collections import Counter
 from pathlib import Path
 
 import multilora as ml
@@ -29,6 +33,16 @@ GRID = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 MOST = 50  # pictures of a set at most; a search sees none of their prompts
 SEARCH_SEEDS = (700_000, 700_001)  # the report's pictures have seeds from 0
 CHUNK = 4
+
+
+def even(found, count):
+    """`count` of the sets in which every LoRA comes about equally often."""
+    left, chosen, uses = list(found), [], Counter()
+    for _ in range(min(count, len(left))):
+        chosen.append(min(left, key=lambda one: sorted((uses[name] for name in one), reverse=True)))
+        left.remove(chosen[-1])
+        uses.update(chosen[-1])
+    return chosen
 
 
 def unseen_prompts(entries, chosen):
@@ -125,12 +139,12 @@ def main():
     parser.add_argument("journal", type=Path)
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
     for name, default in (("pictures", 200), ("budget", 40), ("sets", 100), ("steps", 25), ("search-steps", 12),
-                          ("learn-steps", 60)):  # fmt: skip
+                          ("learn-steps", 60), ("part", 1), ("parts", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     journal = Journal(args.journal)
     if not args.table:
-        found = sets("test", 3)[: args.sets]
+        found = even(sets("test", 3), args.sets)[args.part - 1 :: args.parts]
         if args.pictures > MOST * len(found):
             raise SystemExit(f"--pictures {args.pictures}: {MOST} at most for each of {len(found)} sets")
         pipe = load_pipeline("embedded", device="cpu")
