@@ -3,7 +3,8 @@
     python benchmarks/weigh_pictures.py JOURNAL [--pictures 200] [--budget 40] [--sets N] [--steps 25] [--table]
     python benchmarks/weigh_pictures.py JOURNAL --sets 6 --pictures 102 --part 1 --parts 2    # one of two processes
 
-With fewer sets than all, LoRAs come about equally often in them.
+With fewer sets than all, LoRAs come about equally often in them. `--table > benchmarks/weigh_pictures.md` writes what
+is kept in docs/world/weigh_pictures.jsonl.
 
 For every set of three test-split LoRAs: weights by grid, LoRAHub and learning, from search prompts and seeds alone
 (CLIP and recogniser A; learned: each LoRA's own predictions). Then pictures of the report's held-out prompts and
@@ -127,6 +128,11 @@ def table(journal):
     if grid:
         best = max(grid, key=lambda name: grid[name][0] / grid[name][1])
         cells[f"merge, best grid weight by B ({best.rpartition(' ')[2]})"] = grid[best]
+    named = dict.fromkeys("+".join(entry["set"]) for entry in journal.of("picture"))
+    print("# Weights for pictures: a grid, LoRAHub, learning\n\nMade by `python benchmarks/weigh_pictures.py`.\n\n"
+          f"Merge of three test-split LoRAs of the embedded world ({', '.join(named)}), held-out prompts and seeds, "
+          "recogniser B. `merge, grid`, LoRAHub and learning saw other prompts and seeds, CLIP and recogniser A only; "
+          "the last row's weight was chosen afterwards, by B.\n")  # fmt: skip
     print("| weights | pictures | elements present, 95% | all three present, 95% |\n|---|---|---|---|")
     for name, (found, asked, complete, count) in cells.items():
         a, b = interval(found, asked), interval(complete, count)

@@ -140,6 +140,12 @@ def leaderboard() -> str:
     return "\n".join(rows)
 
 
+def weights_of_pictures() -> str:
+    """The table of benchmarks/weigh_pictures.md, with its heading's words."""
+    whole = (ROOT / "benchmarks" / "weigh_pictures.md").read_text(encoding="utf-8")
+    return f"On pictures: {whole.partition('weigh_pictures.py`.')[2].strip()}"
+
+
 Cell = tuple[float, float, float, float, int]  # share seen, its interval, share of complete pictures, pictures
 
 
@@ -188,6 +194,7 @@ BLOCKS = {
     "pem": partial(verdicts, "addition", "negation", "analogy"),
     "few_shot": partial(verdicts, "few_shot"),
     "lorahub": partial(verdicts, "lorahub_text"),
+    "lorahub_pictures": weights_of_pictures,
     "loramoe": partial(verdicts, "loramoe"),
     "lora_switch": partial(verdicts, "token_switch"),
     "fisher": partial(verdicts, "fisher_text"),

@@ -65,6 +65,13 @@ def test_the_leaderboard_says_what_an_evaluations_tables_say(tmp_path, monkeypat
         make_pages.keep(tmp_path / "kept")
 
 
+def test_the_table_of_weights_for_pictures_is_that_of_its_journal(capsys):
+    from benchmarks import weigh_pictures
+
+    weigh_pictures.table(weigh_pictures.Journal(make_pages.ROOT / "docs" / "world" / "weigh_pictures.jsonl"))
+    assert capsys.readouterr().out == (make_pages.ROOT / "benchmarks" / "weigh_pictures.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["lora", "composition"])
 def test_figures_are_those_of_the_stored_results(name):
     with Image.open(make_figures.IDEAS / f"{name}.png") as kept:
