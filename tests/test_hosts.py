@@ -131,7 +131,11 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(("family", "how"), COMPILED)
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [case if case in (("sd15", "in place"), ("sd3", "wrapped")) else pytest.param(*case, marks=pytest.mark.long)
+     for case in COMPILED],
+)  # fmt: skip
 def test_compiled(plain, fresh_compiler, family, how):
     """Compiled and run before the LoRAs come, so that a hook placed afterwards is one that the graph does not know."""
     _, sets, wanted = plain[family]

@@ -26,7 +26,8 @@ def python(*words, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("marked", ["not long", pytest.param("long", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("marked", ["not long", "long"])
 def test_in_the_interpreter(marked):
     out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked,
                  "tests/triton_kernels.py", TRITON_INTERPRET="1")  # fmt: skip

@@ -130,6 +130,7 @@ def serve(shelf, count, monkeypatch, checkpoint=None):
     return library, watch
 
 
+@pytest.mark.long
 def test_pictures_do_not_depend_on_what_is_loaded(shelf, monkeypatch):
     library, _ = serve(shelf, 25, monkeypatch)
     assert library.loads > 40  # 25 requests name more LoRAs than there is room for
