@@ -135,7 +135,9 @@ def leaderboard() -> str:
     rows += [f"| {name} | {' | '.join(_said(found[name][k]) for k in KS)} |" for name in order]
     if (KEPT / "evaluation.json").is_file():
         plan = json.loads((KEPT / "evaluation.json").read_text(encoding="utf-8"))
-        told = f"{plan['steps']} steps, guidance {plan['guidance']:g}, every LoRA at weight 1"
+        weights = sorted({f"{arm['weight']:g}" if isinstance(arm["weight"], float) else arm["weight"]
+                          for arm in plan["methods"].values()})  # fmt: skip
+        told = f"{plan['steps']} steps, guidance {plan['guidance']:g}, every LoRA at weight {' or '.join(weights)}"
         rows += ["", f"{told}, the same noise for all; what a picture costs: `docs/world/evaluation/costs.csv`."]
     return "\n".join(rows)
 

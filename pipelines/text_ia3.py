@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from multilora.limits import LOCAL, shown, within
 from multilora.lora import Card, Dense, Lora
 from multilora.reading import read_json, read_tensors
+from multilora.rebuilt import pristine
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _END = "base_model.model.", ".ia3_l"
@@ -40,10 +42,12 @@ def is_ia3(path: Path) -> bool:
 def load_ia3(path: Path, model: nn.Module, name: str | None = None) -> Lora:
     """The vectors of a PEFT folder as a Lora of `model`, in whose weights the updates are.
 
-    Raises ValueError naming file and key for what is no (IA)^3 vector of a linear layer of the model.
+    Raises ValueError naming file and key for what is no (IA)^3 vector of a linear layer of the model, or has values
+    above the limits of a LoRA's.
     """
     scales, digest = read_ia3(path)
     lora = as_lora(scales, model, name or path.name)
+    within(lora, LOCAL, source=shown(path.name))
     about = {"file": path.name, "format": "peft", "algorithms": ["ia3"]}
     return lora.replace(card=lora.card.replace(sha256=digest, provenance=about))
 
@@ -95,7 +99,7 @@ def as_lora(scales: Mapping[str, Scale], model: nn.Module, name: str = "") -> Lo
         if tuple(scale.vector.shape) != (wanted,):
             raise ValueError(f"{path}: a vector of {list(scale.vector.shape)}, the layer wants [{wanted}]")
         change = (scale.vector - 1.0).to(layer.weight)
-        weight = layer.weight.detach() * (change[:, None] if scale.side == "out" else change[None])
-        bias = layer.bias.detach() * change if scale.side == "out" and layer.bias is not None else None
+        weight = pristine(layer.weight) * (change[:, None] if scale.side == "out" else change[None])
+        bias = pristine(layer.bias) * change if scale.side == "out" and layer.bias is not None else None
         parts[path] = Dense(weight, bias)
     return Lora(parts, Card(name, family=str(getattr(model.config, "model_type", ""))))

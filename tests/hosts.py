@@ -65,6 +65,9 @@ def _bitsandbytes(model, how, folder):
         else:
             new = bnb.nn.Linear4bit(**shape, compute_dtype=torch.float32, quant_type=how)
             new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type=how)
+            # On processors with AVX512-BF16 it packs weights for bfloat16 at the first call, which fails for layers
+            # that are narrower than a block of 64, as some here are.
+            new.support_avx512bf16_for_cpu = False
         new.bias = linear.bias
         parent, _, name = path.rpartition(".")
         model.get_submodule(parent)._modules[name] = new.to("cpu")

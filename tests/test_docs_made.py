@@ -54,12 +54,14 @@ def test_the_leaderboard_says_what_an_evaluations_tables_say(tmp_path, monkeypat
             table = csv.DictWriter(out, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
-    (tmp_path / "evaluation.json").write_text('{"steps": 17, "guidance": 2.5}')
+    (tmp_path / "evaluation.json").write_text(
+        '{"steps": 17, "guidance": 2.5, "methods": {"a": {"weight": 0.75}, "b": {"weight": "1/k"}}}'
+    )
     monkeypatch.setattr(make_pages, "KEPT", tmp_path / "kept")
     make_pages.keep(tmp_path)
     lines = make_pages.leaderboard().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| strong", "| weak"]
-    assert lines[-1].startswith("17 steps, guidance 2.5, ")
+    assert lines[-1].startswith("17 steps, guidance 2.5, every LoRA at weight 0.75 or 1/k, ")
     assert "| weak | 0.20 (0.15 to 0.25), 0.02, n 7 | 0.30 (0.25 to 0.35), 0.03, n 7 |" in lines[3]
     with pytest.raises(ValueError, match=r"no tables/cells\.csv"):
         make_pages.keep(tmp_path / "kept")

@@ -26,6 +26,9 @@ def test_prompts_ask_for_the_class_and_name_no_design():
 def made_up(folder, *, own=4, rest=38, likened=9, alone=2):
     """At strength 1 the class is there `own` of 10 times (9 before) and the rest `rest` of 40 (39); at 2 the rest is
     gone. An analogy shows both in `likened` of 10, the target's LoRA in `alone`."""
+    world = Journal(folder / "world" / "report.jsonl")
+    if not world.lines:
+        world.add("composition/merge, weight 1/set/0+4", cell="merge, weight 1", k=2, set=[], found=19, asked=20)
     journal = Journal(folder / "world" / "arithmetic.jsonl")
     for name in ("pandu", "gorm"):
         for strength, seen, other in ((0.0, 9, 39), (1.0, own, rest), (2.0, 0, 2)):
@@ -47,12 +50,13 @@ def test_the_verdict_follows_the_numbers(tmp_path, numbers, held):
     journal = made_up(tmp_path, **numbers)
     holds, why = EXPERIMENT.verdict(journal)
     assert holds is held
+    assert "two LoRAs added: 0.95" in why
     assert f"the class 0.90 to {numbers.get('own', 4) / 10:.2f}" in why
     assert "korv+inka - korv + t0" in EXPERIMENT.tables(journal)
     assert EXPERIMENT.figure(journal).height > 200
     text = Journal(tmp_path / "text" / "report.jsonl")
     assert EXPERIMENT.where(text).lines == journal.lines
-    assert [one.name for one in page.measured(text)] == ["arithmetic_pictures"]
+    assert [one.name for one in page.measured(text)] == ["arithmetic_pictures", "composition"]
 
 
 def test_a_strength_that_takes_the_rest_away_is_not_chosen(tmp_path):
@@ -60,6 +64,13 @@ def test_a_strength_that_takes_the_rest_away_is_not_chosen(tmp_path):
     for line in arithmetic.negated(made_up(tmp_path)).values():
         assert [e["strength"] for e in line] == [0.0, 1.0, 2.0]
         assert arithmetic.chosen(line)["strength"] == 1.0
+
+
+def test_without_addition_nothing_holds(tmp_path):
+    whole = made_up(tmp_path)
+    (tmp_path / "world" / "report.jsonl").unlink()
+    assert EXPERIMENT.verdict(whole) == (False, EXPERIMENT.verdict(whole)[1])
+    assert "addition not measured" in EXPERIMENT.verdict(whole)[1]
 
 
 def test_without_analogies_nothing_holds(tmp_path):

@@ -93,15 +93,17 @@ def made_up(path, found, generic=(4, 3)):
     return journal
 
 
-@pytest.mark.parametrize(("gate", "held"), [(9, True), (7, False), (4, False)])
-def test_the_verdict_follows_the_numbers(tmp_path, gate, held):
-    """Against the best of the grid (8 of 12), not against weight 1 (6), and not where k = 2 alone would do."""
+@pytest.mark.parametrize(
+    ("gate", "generic", "held"), [(9, (4, 3), True), (7, (4, 3), False), (4, (4, 3), False), (9, (3, 3), False)]
+)
+def test_the_verdict_follows_the_numbers(tmp_path, gate, generic, held):
+    """Against the best of the grid (8 of 12), not against weight 1 (6); the base must suffer at weight 1."""
     found = {BASE: 0, FULL: 6, "merge, weight 0.8": 8, SHARED: 3, PAPER: gate, f"mole, {WAYS[2]}": 10}
-    journal = made_up(tmp_path / "world" / "mole.jsonl", {**found, f"mole, {WAYS[1]}": gate})
+    journal = made_up(tmp_path / "world" / "mole.jsonl", {**found, f"mole, {WAYS[1]}": gate}, generic)
     holds, why = verdict(journal)
     assert holds is held
     assert f"the paper's gate against the best Merge {(gate - 8) / 12:+.2f}" in why
-    assert "the prompt's other elements -0.20" in why
+    assert f"the prompt's other elements {(generic[1] - generic[0]) / 5:+.2f}" in why
     assert "weight 1/k against weight 1 -0.25" in why
     assert "the strongest LoRA's share 0.50 (paper: row sums to 1), 0.50 (no balance)" in why
     assert EXPERIMENT.figure(journal).height > 300

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from multilora.web.service import Limits, Refused
-from multilora.web.service.door import Door, Doorkeeper, draws
+from multilora.web.service.door import Door, Doorkeeper, _going, draws
 from multilora.web.service.health import Counts
 from multilora.web.service.jobs import Line
 
@@ -75,11 +76,12 @@ class Gradio:
     """What is behind the door: it counts who comes, and answers as gradio's routes do."""
 
     def __init__(self, status=200, fails=False):
-        self.status, self.fails, self.asked, self.ids = status, fails, [], {}
+        self.status, self.fails, self.asked, self.waiting, self.running = status, fails, [], [], []
         drawing, other = draws(lambda: None), (lambda: None)
         self.fns = {0: SimpleNamespace(_id=0, api_name="compose", fn=drawing),
                     1: SimpleNamespace(_id=1, api_name="list_methods", fn=other)}  # fmt: skip
-        self._queue = SimpleNamespace(event_ids_to_events=self.ids)
+        line = SimpleNamespace(queue=self.waiting)
+        self._queue = SimpleNamespace(event_queue_per_concurrency_id={"line": line}, active_jobs=[None, self.running])
 
     def get_blocks(self):
         return self
@@ -89,7 +91,7 @@ class Gradio:
         if self.fails:
             raise KeyError("fn_index")
         event = f"event {len(self.asked)}"
-        self.ids[event] = ...
+        (self.waiting if self.running else self.running).append(SimpleNamespace(_id=event))
         body = json.dumps({"event_id": event} if self.status == 200 else {"detail": "no"}).encode()
         await send({"type": "http.response.start", "status": self.status, "headers": []})
         await send({"type": "http.response.body", "body": body[:5], "more_body": True})
@@ -116,7 +118,8 @@ def posts(gradio, waiting=1):
     return post
 
 
-JOINS = [("/gradio_api/queue/join", 0), ("/gradio_api/call/compose", None), ("/gradio_api/call/v2/compose", None),
+JOINS = [("/gradio_api/queue/join", 0), ("/gradio_api/queue/join", "0"), ("/gradio_api/queue/join", 0.0),
+         ("/gradio_api/call/compose", None), ("/gradio_api/call/compose", -1), ("/gradio_api/call/v2/compose", None),
          ("/gradio_api/run/predict", 0), ("/gradio_api/api/compose/", None)]  # fmt: skip
 
 
@@ -134,7 +137,7 @@ def test_a_refusal_is_gradio_s_own_kind_and_gradio_is_not_asked(path, number):
     assert len(gradio.asked) == 2
     assert post.refused == ["busy"]
     assert post.door.told("tab") == body["detail"]
-    del gradio.ids["event 1"]
+    del gradio.running[0]
     assert post(path, data)[0] == 200
 
 
@@ -142,7 +145,8 @@ def test_what_does_not_draw_is_never_refused_nor_counted():
     gradio = Gradio()
     post = posts(gradio)
     others = [("/gradio_api/queue/join", {"fn_index": 1}), ("/gradio_api/call/list_methods", {"data": []}),
-              ("/gradio_api/cancel", {"fn_index": 0}), ("/gradio_api/queue/join", {"fn_index": "0"}),
+              ("/gradio_api/cancel", {"fn_index": 0}), ("/gradio_api/queue/join", {"fn_index": "x"}),
+              ("/gradio_api/queue/join", {"fn_index": 0.5}), ("/gradio_api/queue/join", {}),
               ("/gradio_api/queue/join", [])]  # fmt: skip
     for path, data in others * 5:
         assert post(path, data)[0] == 200
@@ -169,3 +173,45 @@ def test_what_gradio_does_not_take_keeps_no_place(gradio):
             assert post("/gradio_api/call/compose", {"data": []})[0] == 422
     assert len(gradio.asked) == 4
     assert post.door.places == []
+
+
+def test_an_event_that_is_cancelled_while_it_ends_keeps_no_place():
+    """Two cancels, a moment apart, leave it in gradio's `event_ids_to_events`, where nothing takes it out."""
+    import gradio as gr
+    import httpx
+    from gradio.routes import App
+
+    def slow():
+        for i in range(8):
+            time.sleep(0.2)
+            yield str(i)
+
+    with gr.Blocks() as blocks:
+        gr.Button().click(draws(slow), None, gr.Textbox(), api_name="slow")
+    app, queue = App.create_app(blocks), blocks._queue
+
+    async def until(reached):
+        async with asyncio.timeout(20):
+            while not reached():
+                await asyncio.sleep(0.02)
+
+    async def visit():
+        blocks.is_running = True
+        blocks.run_startup_events()
+        if not queue.active_jobs:
+            queue.start()
+        await blocks.run_extra_startup_events()
+        queue.set_server_app(app)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://t") as browser:
+            asked = {"data": [], "fn_index": next(iter(blocks.fns)), "session_hash": "s"}
+            event = (await browser.post("/gradio_api/queue/join", json=asked)).json()["event_id"]
+            assert _going(queue) == {event}
+            await until(lambda: any(queue.active_jobs))
+            assert _going(queue) == {event}
+            for _ in range(2):
+                with contextlib.suppress(KeyError):  # gradio's own, at the second
+                    await browser.post("/gradio_api/cancel", json={**asked, "event_id": event})
+                await asyncio.sleep(0.06)
+            await until(lambda: not _going(queue))
+
+    asyncio.run(visit())

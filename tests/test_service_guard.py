@@ -153,6 +153,22 @@ def test_what_gradio_cannot_read_is_a_refusal_and_no_mistake_of_the_server():
     assert browser.post("/gradio_api/run/predict", json={**wrong, "data": ["x"]}).status_code == 200
 
 
+def test_a_path_that_ends_in_a_newline_is_no_way_past():
+    """Starlette's routes match it."""
+    another = client(Logins({"ann": hashed("right horse")}))
+    for path in ("/login%0A", "/gradio_api/cancel%0A", "/gradio_api/upload%0A", "/gradio_api/queue/join%0A"):
+        body = {"session_hash": "s", "event_id": "e", "fn_index": 0}
+        assert another().post(path, json=body).status_code == 404, path
+
+
+def test_a_session_s_name_is_short():
+    browser = client()()
+    join = {"data": ["x"], "fn_index": 0, "session_hash": "s" * 129}
+    answer = browser.post("/gradio_api/queue/join", json=join)
+    assert (answer.status_code, answer.text) == (400, "A session's name has at most 128 characters.")
+    assert browser.post("/gradio_api/queue/join", json={**join, "session_hash": "s" * 128}).status_code == 200
+
+
 def test_a_session_of_gradio_is_its_owner_s():
     another = client()
     mine, other = another(), another()

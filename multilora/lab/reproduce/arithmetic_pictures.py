@@ -32,6 +32,7 @@ from multilora.pipelines.load import library, load_pipeline
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 COUNT, CHECKED = 16, 8  # pictures of a LoRA at a strength: reported by recogniser B, and others, by A, to choose by
+CHOOSING = 700_000  # first seed of the pictures to choose by; the reported ones have seeds from 0
 UNLEARNED = tuple(d.name for d in DESIGNS.values() if d.split == "test")
 JOINT = (("korv", "inka"), ("korv", "dotta"))  # (character, what it is in): each pair is learned by one LoRA
 TARGETS = ("zib", "tikki", "pandu", "gorm")
@@ -117,11 +118,12 @@ def measure(bench: texts.Bench) -> None:
 def unlearned(room: Room, name: str, strength: float) -> dict[str, Any]:
     """[right, asked] of the class and of everything else that the prompts ask for, and of both to choose by."""
     found: dict[str, Any] = {}
-    for stream, eyes, count, kinds in (
-        ("negation", "b", COUNT, ("class", "rest")), ("choose", "a", CHECKED, ("class, chosen by", "rest, chosen by")),
-    ):  # fmt: skip
+    for stream, first, eyes, count, kinds in (
+        ("negation", 0, "b", COUNT, ("class", "rest")),
+        ("choose", CHOOSING, "a", CHECKED, ("class, chosen by", "rest, chosen by")),
+    ):
         scenes = [plain_scene(name, stream, i) for i in range(2 if room.small else count)]
-        images = room.drawn([text for _, text in scenes], 0, [room.lora(name)] if strength else [],
+        images = room.drawn([text for _, text in scenes], first, [room.lora(name)] if strength else [],
                             [-strength] if strength else [])  # fmt: skip
         seen = room.eyes[eyes].labels(images)
         own, rest, head = [0, 0], [0, 0], DESIGNS[name].category
@@ -204,7 +206,8 @@ def tables(journal: Journal) -> str:
         ways = {what: _ways(journal, what) for what in ("target", "thing", "both")}
         parts += [
             "Analogy: target character, and the style or garment of the joint LoRA; mean over "
-            f"{len(journal.of('analogy'))} analogies ({', '.join(_named(e) for e in journal.of('analogy'))}).",
+            f"{len(journal.of('analogy'))} analogies ({', '.join(_named(e) for e in journal.of('analogy'))}), which "
+            f"share {len({tuple(e['pair']) for e in journal.of('analogy')})} joint LoRAs.",
             table(["by", "the target", "the style or garment", "both"],
                   [[way, *(texts.shown(ways[what][way]) for what in ways)] for way in ways["both"]]),
         ]  # fmt: skip
@@ -231,7 +234,10 @@ def verdict(journal: Journal) -> tuple[bool, str]:
         said.append(f"analogy, both there, against {way} {gain[0]:+.2f} ({gain[1]:+.2f} to {gain[2]:+.2f})")
     world = Journal(journal.path.with_name("report.jsonl"))
     added = list(cells(world, MERGE, 2).values())
-    if added:
+    if not added:
+        held.append(False)
+        said.append("addition not measured: multilora reproduce composition")
+    else:
         counts = [sum(e["found"] for e in added), sum(e["asked"] for e in added)]
         held.append(texts.rate(counts) >= 0.9)
         said.append(f"two LoRAs added: {share(*counts)} of their elements")

@@ -271,7 +271,8 @@ def _gains(cells: Mapping[str, Mapping[str, Any]], name: str, base: str, generic
 
 
 def verdict(journal: Journal) -> tuple[bool, str]:
-    """The claim: with three LoRAs or more the paper's gate shows more elements than the best Merge and than 1/k."""
+    """The claim, of three LoRAs or more: the paper's gate shows more elements than the best Merge and than 1/k, weight
+    1 costs the prompt's other elements, 1/k the LoRAs' own. Over batches of CHUNK pictures, several of each set."""
     above: dict[str, list[float]] = {}
     for k, cells in by_k(journal).items():
         best = best_of_grid({name: list(c.values()) for name, c in cells.items()})
@@ -289,8 +290,9 @@ def verdict(journal: Journal) -> tuple[bool, str]:
     strongest = {way: _strongest(journal, f"mole, {way}") for way in WAYS[:2]}
     if all(strongest.values()):
         said.append("the strongest LoRA's share " + ", ".join(f"{s} ({way})" for way, s in strongest.items()))
-    claimed = list(found)[:2]
-    held = len(found) == len(above) and all(found[name][1] > 0 for name in claimed)
+    gate, shared, damage, erased, _ = above
+    held = len(found) == len(above) and min(found[gate][1], found[shared][1]) > 0
+    held = held and max(found[damage][2], found[erased][2]) < 0
     return held, "k of 3 and more: " + "; ".join(said)
 
 

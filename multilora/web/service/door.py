@@ -12,16 +12,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Container
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from multilora.web.service.health import Counts
 from multilora.web.service.jobs import Line, busy, too_many
 from multilora.web.service.limits import Refused
 
 REMEMBERED = 1000  # pages that are told why
-_JOINS = re.compile(r"(?:/gradio_api)?/(?:queue/join|(?:run|api|call|call/v2)/([^/]+))/?")
+_JOINS = re.compile(r"(?:/gradio_api)?/(?:queue/join|(?:run|api)/(?P<run>[^/]+)|(?:call|call/v2)/(?P<named>[^/]+))/?")
 
 
 def draws(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark the function of an event that asks the line for a picture: only these are counted, and refused."""
+    """Mark the function of an event that draws for Compose: only these are counted, and refused, at the door.
+
+    Other work (maps of gates, previews of a library) is refused by the line itself, later.
+    """
     fn.draws = True
     return fn
 
@@ -92,9 +97,10 @@ class Doorkeeper:
         if data is None or not self._draws(scope, data):
             return await self.app(scope, receive, send)
         try:
-            place = self.door.enter(owner, scope["app"].get_blocks()._queue.event_ids_to_events)
+            place = self.door.enter(owner, _going(scope["app"].get_blocks()._queue))
         except Refused as error:
-            self.door.tell(str(data.get("session_hash")), str(error))
+            if isinstance(data.get("session_hash"), str):
+                self.door.tell(data["session_hash"], str(error))
             self.service.refused(error, action="draw")
             return await self._refuse(send, error)
         body = b""
@@ -119,9 +125,15 @@ class Doorkeeper:
             return False
         if self._drawing is None:
             drawing = [f for f in scope["app"].get_blocks().fns.values() if getattr(f.fn, "draws", False)]
-            self._drawing = {key for f in drawing for key in (f._id, f.api_name)}
-        number = data.get("fn_index")
-        return (number if isinstance(number, int) else found[1]) in self._drawing
+            self._drawing = {f._id for f in drawing} | {f.api_name for f in drawing if isinstance(f.api_name, str)}
+        if found["named"]:  # there gradio goes by the name alone
+            return found["named"] in self._drawing
+        try:  # as gradio reads it: "3" and 3.0 are 3
+            return TypeAdapter(int | None).validate_python(data.get("fn_index")) in self._drawing or (
+                found["run"] in self._drawing
+            )
+        except ValidationError:
+            return False
 
     async def _refuse(self, send: Any, error: Refused) -> None:
         """In the form of gradio's own refusals, which its clients know: 503 is a full queue."""
@@ -131,6 +143,14 @@ class Doorkeeper:
         status = 429 if error.code == "limit" else 503
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": words})
+
+
+def _going(queue: Any) -> set[str]:
+    """Ids of the events that gradio's queue holds or runs. Its own `event_ids_to_events` keeps some for ever: those
+    that are cancelled while they end."""
+    waiting = (event for line in queue.event_queue_per_concurrency_id.values() for event in line.queue)
+    running = (event for job in queue.active_jobs if job for event in job)
+    return {event._id for event in (*waiting, *running)}
 
 
 def _event(body: bytes) -> str:

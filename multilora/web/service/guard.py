@@ -28,6 +28,7 @@ from multilora.web.service.log import LOGGER
 
 BODY_BYTES = 8 * 2**20  # of a request that is no upload; pictures and LoRAs are uploaded
 REMEMBERED = 10_000  # addresses, names, session hashes and uploaded paths, oldest forgotten first
+SESSION_LENGTH = 128  # of gradio's session hashes, which pages make of about ten characters
 WRONG, LOCKED_SECONDS = 5, 60.0  # wrong passwords of one name, and how long it is locked then
 TRIES_AN_ADDRESS, WINDOW = 20, 300.0  # logins of one address within so many seconds
 _SCRYPT = {"n": 2**14, "r": 8, "p": 1, "dklen": 32}
@@ -111,6 +112,9 @@ class Guard:
             return await self.app(scope, receive, send)
         path, method = scope["path"].removeprefix("/gradio_api").rstrip("/") or "/", scope["method"]
         host = (scope.get("client") or ("",))[0]
+        # The pattern of a route matches before a last newline, too; the comparisons below do not.
+        if re.search(r"[\x00-\x1f\x7f]", scope["path"]):
+            return await _answer(send, 404, "Not Found")
         if method == "GET" and path == "/healthz":
             status = self.service.health()["status"]
             return await _answer(send, 200 if status == "ok" else 503, json.dumps({"status": status}), "json")
@@ -203,6 +207,8 @@ class Guard:
         except (ValueError, RecursionError):
             return (400, "This is not JSON.") if protected or path.startswith("/queue") else None
         session = data.get("session_hash") if isinstance(data, dict) else None
+        if isinstance(session, str) and len(session) > SESSION_LENGTH:
+            return (400, f"A session's name has at most {SESSION_LENGTH} characters.")
         if isinstance(session, str):
             whose = self._sessions.get(session)
             if whose and whose != owner:
