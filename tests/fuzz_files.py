@@ -271,8 +271,9 @@ def wrong(path: Path, base) -> tuple[str, str]:
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:300]}", ""
     for name, part in lora.items():
-        delta = part.delta()
-        if not torch.isfinite(delta).all():
+        # A bias alone is an update, too.
+        changes = [t for t in (part.delta(), getattr(part, "bias", None)) if t is not None]
+        if not changes or not all(torch.isfinite(t).all() for t in changes):
             return f"accepted with a delta of {name} that is not finite", "accepted"
         if base.shapes.get(name) != (part.shape or base.shapes.get(name)):
             return f"accepted with {name} {part.shape}", "accepted"
