@@ -14,9 +14,8 @@ from multilora import files
 from multilora.lora import Lora
 from multilora.method import unknown
 from multilora.pipelines.load import EMBEDDED, assets, default_device
-from multilora.pipelines.text_ia3 import is_ia3, load_ia3
+from multilora.pipelines.text_ia3 import PEFT_CONFIG, is_ia3, load_ia3
 
-PEFT_CONFIG = "adapter_config.json"
 _WANTED = "'embedded', a folder that `save_pretrained` wrote, or a hub id such as 'owner/name'"
 
 
