@@ -87,7 +87,9 @@ def test_eight_clients_at_once():
 def test_more_clients_than_the_queue_takes():
     found = faults_app.flood(80, waiting=20)
     assert found["other"] == found["stuck"] == 0
-    assert found["clear"] == found["door"] == found["refused"] > 40, "all of them before gradio is asked"
+    assert found["clear"] == found["refused"] > 40
+    # Before gradio is asked, but for who enters while the worker has yet to take the first one from the line.
+    assert found["refused"] - 2 <= found["door"] <= found["refused"]
     assert found["drawn"] >= 20
     assert found["after"] == "complete"
     assert found["latest"] < 2 * faults_app.REFUSED_SECONDS  # twice: the machine may have other work
