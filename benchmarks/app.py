@@ -1,5 +1,5 @@
 """What the app costs over Composer: pictures through gradio_client by the Compose page's own Draw, with and without
-live preview, against the same pictures by Composer in this process.
+live preview, against the same pictures by Composer in the client's process.
 
     OMP_NUM_THREADS=1 python -m benchmarks.app                  # 30 pictures; on an idle machine
     OMP_NUM_THREADS=1 python -m benchmarks.app 4 --steps 5      # a try
@@ -8,13 +8,16 @@ As a module: by its path, this folder would come first and hide the package `ker
 
 Every picture is drawn four times in turn: Composer, page, page with preview, Composer again. The two Composer columns
 are the same thing twice: their difference (A/A) is what this machine's noise makes of nothing. The page's pictures are
-checked to be Composer's. Writes benchmarks/app.md, and ends with an error when a bar is missed by more than the A/A.
+checked to be Composer's. The server is a process of its own, as it is for whoever uses it. Writes benchmarks/app.md,
+and ends with an error when a bar is missed by more than the A/A.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import multiprocessing
 import os
 import platform
 import random
@@ -46,23 +49,39 @@ def main() -> None:
     reader.add_argument("pictures", nargs="?", type=int, default=30)
     reader.add_argument("--steps", type=int, default=30)
     given = reader.parse_args()
-    with Service("embedded", limits=Limits(per_user=4)) as service:
-        app = build(service)
-        published(app)
-        app.queue()
-        options = {**launch_options(service), "quiet": True, "prevent_thread_lock": True}
-        _, url, _ = app.launch(**options)
-        try:
-            facts = service.about()
-            times = measured(url, app, given.pictures, given.steps, facts["threads"])
-        finally:
-            app.close(verbose=False)
+    context = multiprocessing.get_context("spawn")
+    channel, its = context.Pipe()
+    server = context.Process(target=serve, args=(its,))
+    server.start()
+    its.close()
+    try:
+        times = measured(*channel.recv(), given.pictures, given.steps)
+    finally:
+        channel.close()
+        server.join()
     text, missed = told(times, given.steps)
     print(text)
     if given.pictures >= 30:
         REPORT.write_text(f"# The app over Composer\n\n{machine()}\n\n{text}\n")
     if missed:
         raise SystemExit(f"missed: {', '.join(missed)}")
+
+
+def serve(channel: Any) -> None:
+    """The server's process: sends its address, the controls of the page, and the worker's threads; ends with the pipe.
+
+    Controls are (elem_id, label, value), in the order of the event's inputs.
+    """
+    with Service("embedded", limits=Limits(per_user=4)) as service:
+        app = build(service)
+        controls = [(c.elem_id, getattr(c, "label", None), getattr(c, "value", None))
+                    for c in published(app).inputs if type(c).__name__ != "State"]  # fmt: skip
+        app.queue()
+        _, url, _ = app.launch(**launch_options(service), quiet=True, prevent_thread_lock=True)
+        channel.send((url, controls, service.about()["threads"]))
+        with contextlib.suppress(EOFError):
+            channel.recv()
+        app.close(verbose=False)
 
 
 def published(app: Any) -> Any:
@@ -72,7 +91,7 @@ def published(app: Any) -> Any:
     return fn
 
 
-def measured(url: str, app: Any, pictures: int, steps: int, threads: int) -> dict[str, list[float]]:
+def measured(url: str, controls: list[tuple], threads: int, pictures: int, steps: int) -> dict[str, list[float]]:
     """Seconds of each picture by way of drawing it, the first one of each (warming up) left out."""
     import torch
     from gradio_client import Client
@@ -88,7 +107,7 @@ def measured(url: str, app: Any, pictures: int, steps: int, threads: int) -> dic
         return composer(PROMPT, method=METHOD, seed=seed, num_inference_steps=steps).images[0]
 
     def paged(preview: bool) -> Callable[[int], Any]:
-        return lambda seed: client.predict(*values(app, seed, steps, preview), api_name="/draw_page")
+        return lambda seed: client.predict(*values(controls, seed, steps, preview), api_name="/draw_page")
 
     ways = {"Composer": alone, "page": paged(False), "page, preview": paged(True), "Composer again": alone}
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -105,9 +124,8 @@ def measured(url: str, app: Any, pictures: int, steps: int, threads: int) -> dic
     return times
 
 
-def values(app: Any, seed: int, steps: int, preview: bool) -> list[Any]:
+def values(controls: list[tuple], seed: int, steps: int, preview: bool) -> list[Any]:
     """What a browser would send with Draw: every control as it is on the page, but for these."""
-    fn = next(f for f in app.fns.values() if f.api_name == "draw_page")
     own = {
         "Prompt": PROMPT,
         "Seed": seed,
@@ -116,15 +134,8 @@ def values(app: Any, seed: int, steps: int, preview: bool) -> list[Any]:
         "Score it": False,
         "Method": METHOD,
     }
-    sent = []
-    for component in fn.inputs:
-        if type(component).__name__ == "State":
-            continue
-        if component.elem_id == "ml-loras":
-            sent.append([{"reference": name, "weight": weight} for name, weight in LORAS.items()])
-        else:
-            sent.append(own.get(getattr(component, "label", None), getattr(component, "value", None)))
-    return sent
+    loras = [{"reference": name, "weight": weight} for name, weight in LORAS.items()]
+    return [loras if elem_id == "ml-loras" else own.get(label, value) for elem_id, label, value in controls]
 
 
 def check(drawn: dict[str, Any], seed: int) -> None:

@@ -74,7 +74,7 @@ class Lora(Mapping):
     Raises ValueError when a key is not a path or a value is not a part.
     """
 
-    __slots__ = ("_card", "_parts")
+    __slots__ = ("__weakref__", "_card", "_parts")
 
     def __init__(self, parts: Mapping[str, LowRank | Dense], card: Card | None = None) -> None:
         parts = dict(parts)

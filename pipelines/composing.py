@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import nn
 
 from multilora import files, lbw, strength
 from multilora.attach import attached, loaded
+from multilora.bases import COMPONENTS
 from multilora.lora import Lora
 from multilora.method import Bound, Method, resolve
 from multilora.pipelines.caching import cached, read_cache
@@ -38,6 +40,19 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
         if isinstance(module, nn.Module):
             return name, module
     raise ValueError(f"{type(pipe).__name__} has no denoiser: wanted a component named {' or '.join(DENOISERS)}")
+
+
+# denoiser -> what was found to fit on it, so that a LoRA which is kept is compared with the base once
+_fitting: WeakKeyDictionary[nn.Module, WeakValueDictionary[tuple[int, ...], Lora]] = WeakKeyDictionary()
+
+
+def _check_fit(pipe: Any, lora: Lora) -> None:
+    """As multilora.files.fits, which a LoRA passes once for the same components."""
+    known = _fitting.setdefault(denoiser_of(pipe)[1], WeakValueDictionary())
+    key = (id(lora), *(id(getattr(pipe, name, None)) for name in COMPONENTS))
+    if known.get(key) is not lora:
+        files.fits(lora, pipe)
+        known[key] = lora
 
 
 def half_of(guider: Any) -> str | None:
@@ -83,7 +98,7 @@ def member(
                 lora = lora.replace(card=card.replace(category=card.category or entry["category"], triggers=triggers))
                 reference = entry["name"]
     else:
-        files.fits(lora, pipe)
+        _check_fit(pipe, lora)
     name = name or lora.card.name or Path(reference).stem or "lora"
     if text_encoder_weight is not None:
         try:

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import importlib.metadata
 import inspect
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,6 +188,7 @@ class Composer:
         cache: Any = None,
         progress: Callable[[int, int, dict], None] | None = None,
         preview: Callable[[int, int, Any], None] | None = None,
+        preview_seconds: float = 0.0,
         cancel: Any = None,
         **method_options: Any,
     ) -> Composed:
@@ -208,7 +211,8 @@ class Composer:
         text_encoder, scale, form, passes_per_call, cache, cancel    see composing
         progress               called after each step of the scheduler (two per step for Heun and the like) with
                                (step, steps, {"method": ..., "passes": ...})
-        preview                likewise, with (step, steps, small PIL picture)
+        preview                likewise, with (step, steps, small PIL picture), `preview_seconds` after the last one at
+                               the earliest
 
         Other keywords go to the method. Raises ValueError for bad arguments before anything runs, Cancelled when
         `cancel` was set: then there is no picture.
@@ -246,15 +250,18 @@ class Composer:
         generator = [torch.Generator("cpu").manual_seed(asked.seed + i) for i in range(asked.pictures)]
         conductor: Conductor | None = None
         clock: Clock | None = None
+        shown = -math.inf
 
         def step_end(pipe: Any, i: int, t: Any, tensors: dict) -> dict:
+            nonlocal shown
             if cancel is not None and cancel.is_set():
                 raise Cancelled(f"cancelled after step {i + 1} of {clock.steps}")
             now, of = clock.step + 1, clock.steps
             if progress is not None:
                 progress(now, of, {"method": bound.record.name, "passes": conductor.passes[-1] if conductor else 1})
-            if preview is not None:
+            if preview is not None and time.monotonic() - shown >= preview_seconds:
                 preview(now, of, latent_preview(pipe, tensors["latents"], asked.height, asked.width))
+                shown = time.monotonic()
             return tensors
 
         with contextlib.ExitStack() as stack:
@@ -316,7 +323,7 @@ class Composer:
         A recipe of one picture of several makes all of them; its own is number `recipe.index`.
         Raises ValueError when the recipe is for another base or ControlNet, or a LoRA's file or a picture is missing
         or has changed (sha256). `pictures` (image, mask_image, control_image) are those that were in memory only, or
-        have moved; `callbacks` are progress, preview and cancel.
+        have moved; `callbacks` are progress, preview, preview_seconds and cancel.
         """
         if recipe.base != self.base:
             raise ValueError(f"this recipe is for base {recipe.base!r}, this composer holds {self.base!r}")

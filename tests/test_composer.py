@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from multilora import files
 from multilora.method import UnknownName
 from multilora.pipelines import inputs
 from multilora.pipelines.composing import composing, denoiser_of, member
@@ -142,6 +143,26 @@ def test_another_scheduler_for_one_picture(composer):
     assert not np.array_equal(array(karras.images[0]), array(out.images[0]))
 
 
+def test_a_lora_that_is_kept_is_compared_with_the_base_once(monkeypatch):
+    pipe, other, flux = tiny.sd15(), tiny.sd15(), tiny.flux()
+    fox, robe = scene.loras(pipe)
+    looked = []
+    fits = files.fits
+    monkeypatch.setattr(files, "fits", lambda lora, base: (looked.append((lora, base)), fits(lora, base)))
+    for _ in range(3):
+        Composer(pipe).add(fox)
+    assert [(a is fox, b is pipe) for a, b in looked] == [(True, True)]
+    Composer(pipe).add(robe)
+    Composer(other).add(fox)
+    other.text_encoder = tiny.sd15().text_encoder
+    Composer(other).add(fox)
+    assert len(looked) == 4
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"does not fit|made for"):
+            Composer(flux).add(fox)
+    assert len(looked) == 6
+
+
 # -- progress and preview -------------------------------------------------------------------------------------------
 
 
@@ -210,6 +231,15 @@ def test_preview_keeps_a_flat_picture_flat_and_its_colour():
     assert image.size == (6, 8)
     rgb = torch.einsum("chw,cr->hwr", latents[0] / pipe.vae.config.scaling_factor, slopes).clamp(-1, 1)
     assert np.abs(array(image) - ((rgb + 1) * 127.5).numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, [1, 2, 3]), (3600.0, [1])])
+def test_previews_come_no_faster_than_asked_for(composer, seconds, steps, monkeypatch):
+    shown, drawn = [], []
+    monkeypatch.setattr("multilora.pipelines.image.latent_preview", lambda *given: drawn.append(given))
+    composer("a fox", seed=1, num_inference_steps=3, preview=lambda s, n, i: shown.append(s), preview_seconds=seconds)
+    assert shown == steps
+    assert len(drawn) == len(steps), "those that nobody sees are not made"
 
 
 def test_cancel_from_the_preview(composer):

@@ -305,14 +305,14 @@ def page(shell: Shell) -> None:
 
 
 def told(job: Job) -> Iterator[Any]:
-    """A job's events, progress and previews no faster than a browser needs them."""
-    last: dict[str, float] = {}
+    """A job's events, progress no faster than a browser needs it; previews come so."""
+    last = 0.0
     for event in job.events():
-        if event.kind in ("progress", "preview"):
+        if event.kind == "progress":
             now = time.monotonic()
-            if now - last.get(event.kind, 0.0) < TOLD_EVERY:
+            if now - last < TOLD_EVERY:
                 continue
-            last[event.kind] = now
+            last = now
         yield event
 
 

@@ -157,7 +157,9 @@ def page(shell: Shell) -> None:
             )  # fmt: skip
             none = gr.HTML(apply_default_css=False)
             with gr.Group():
-                file = gr.File(label="Upload a LoRA", file_count="single", type="filepath", height=130, elem_id="ml-upload")
+                file = gr.File(
+                    label="Upload a LoRA", file_count="single", type="filepath", height=130, elem_id="ml-upload"
+                )
                 name = gr.Textbox(label="Its name", max_length=60, placeholder="the file's name", info=ADMITTED)
                 upload = gr.Button("Check and add", variant="primary")
             with gr.Accordion("Base model", open=False):

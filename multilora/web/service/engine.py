@@ -30,6 +30,7 @@ from multilora.web.service.state import State
 from multilora.web.service.worker import Answer, Task
 
 CACHE_BYTES = 2 * 2**30  # of LoRAs that are kept in memory between requests
+PREVIEW_SECONDS = 0.25  # between two previews: each costs the device some of a step, and a browser shows no more
 
 
 class NotFinite(ArithmeticError):
@@ -177,7 +178,9 @@ class Engine:
         def show(step: int, steps: int, image: Any) -> None:
             call.emit(Event("preview", step=step, steps=steps, number=number, of=of, image=image))
 
-        callbacks = {"progress": progress, "cancel": call.cancel, **({"preview": show} if preview else {})}
+        callbacks = {"progress": progress, "cancel": call.cancel}
+        if preview:
+            callbacks |= {"preview": show, "preview_seconds": PREVIEW_SECONDS}
         notes: list[str] = []
         least = recipe.resolved.passes_per_call if recipe.resolved else None
         while True:
