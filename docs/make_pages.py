@@ -139,7 +139,24 @@ def leaderboard() -> str:
                           for arm in plan["methods"].values()})  # fmt: skip
         told = f"{plan['steps']} steps, guidance {plan['guidance']:g}, every LoRA at weight {' or '.join(weights)}"
         rows += ["", f"{told}, the same noise for all; what a picture costs: `docs/world/evaluation/costs.csv`."]
+    if (KEPT / "blind.json").is_file():
+        rows += ["", reviewed(json.loads((KEPT / "blind.json").read_text(encoding="utf-8")))]
     return "\n".join(rows)
+
+
+def reviewed(found: dict) -> str:
+    """What a blind review (multilora.lab.evaluate.blind) says of the recogniser, in a sentence or two."""
+    value, low, high = found["agreement"]
+    wrong = {c: (t[2], t[1]) for c, t in found["categories"].items()}
+    told = ", ".join(f"{c} {b} and {mine}" for c, (b, mine) in sorted(wrong.items(), key=lambda x: -sum(x[1])))
+    order = sorted(found["methods"].items(), key=lambda x: -x[1][1] / x[1][0])
+    best = ", ".join(f"{name} {seen / asked:.2f}" for name, (asked, seen, _) in order[:3])
+    return (
+        f"A reviewer who knew neither prompts nor methods labelled {found['pictures']} of these pictures: recogniser "
+        f"B agrees on {value:.2f} ({low:.2f} to {high:.2f}) of {found['elements']} elements (seen by B alone and by "
+        f"the reviewer alone: {told}); the two order the methods alike with Kendall's tau {found['tau']:.2f}, the "
+        f"reviewer's first three are {best}."
+    )
 
 
 def weights_of_pictures() -> str:
