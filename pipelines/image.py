@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -312,7 +313,7 @@ class Composer:
                     threads=torch.get_num_threads(),
                     form=conductor.bank.form if conductor else form,
                     passes_per_call=passes_per_call or (max(conductor.passes) if conductor else 1),
-                    versions={p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")},
+                    versions=_versions(),
                 ),
             )
             return Composed(list(images), recipe, list(conductor.passes) if conductor else [])
@@ -360,6 +361,11 @@ class Composer:
             )
         out.recipe = out.recipe.model_copy(update={"index": recipe.index})
         return out
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")}
 
 
 def _use(m: Member) -> LoraUse:
