@@ -36,8 +36,7 @@ FORMS = ("auto", "side", "rebuilt", "bank")
 # Modules that a bank holds now. Two LoRA sets on one module would mix two users' pictures.
 _HELD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _HELD_LOCK = threading.Lock()
-# Rows whose folded factors are kept; the size at most of these, and of the weights that the rebuilt form keeps.
-_KEPT_ROWS, _KEPT_BYTES = 64, 256 << 20
+_KEPT_ROWS, _KEPT_BYTES = 64, 256 << 20  # rows whose folded factors are kept, and the size of these at most
 
 
 # The weights while they are exchanged: equal to no row, so that an interrupted exchange is done again.
@@ -216,7 +215,7 @@ class Bank:
             self._in_weights = None
             return
         with torch.inference_mode(False), torch.no_grad():
-            kept = self._bank_entry(row)
+            kept = self._bank_entry(row) if self.form == "bank" else None
             for site, weight in self._weights.items():
                 if kept is None:
                     self._scratch[site] = weight.build(row, self._scratch.get(site))
@@ -233,16 +232,14 @@ class Bank:
         None when the budget does not hold one set of weights.
         """
         key = row.rows[0]
-        budget = self.bank_bytes if self.form == "bank" else min(self.bank_bytes, _KEPT_BYTES)
         if key not in self._kept:
             size = sum(weight.nbytes for weight in self._weights.values())
-            if size > budget:
+            if size > self.bank_bytes:
                 return None
-            memory: dict[Site, Merged] = {}
-            while (len(self._kept) + 1) * size > budget:
+            while (len(self._kept) + 1) * size > self.bank_bytes:
                 self._restore()
-                _, memory = self._kept.popitem(last=False)
-            self._kept[key] = {site: weight.build(row, memory.get(site)) for site, weight in self._weights.items()}
+                self._kept.popitem(last=False)
+            self._kept[key] = {site: weight.build(row) for site, weight in self._weights.items()}
         self._kept.move_to_end(key)
         return self._kept[key]
 
@@ -338,8 +335,7 @@ def attached(
     form        "side", "rebuilt", "bank", or "auto": rebuilt when every adapted weight is plain float32 or float64
                 and stays where it is, else side
     blocks      per LoRA None or {module path or glob: factor}; see multilora.sites.block_factors
-    bank_bytes  budget of the bank form; a set beyond it is rebuilt at each change of row. The rebuilt form keeps rows
-                within 256 MiB of it, so that LoRAs of a small model which take turns are built once
+    bank_bytes  budget of the bank form; a set beyond it is rebuilt at each change of row
     optional    paths that a forward may leave out
 
     LoRAs that PEFT or diffusers loaded into `model` are switched off meanwhile. However the block ends, weights (their

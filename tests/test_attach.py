@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from multilora import rebuilt
 from multilora.attach import attached
 from multilora.lora import Card, Dense, Lora, LowRank
 
@@ -251,27 +250,6 @@ def test_bfloat16_runs_on_the_side_by_default_and_float32_rebuilt():
     for dtype, form in [(torch.bfloat16, "side"), (torch.float16, "side"), (torch.float32, "rebuilt")]:
         with attached(_net(dtype), _loras()) as bank:
             assert bank.form == form
-
-
-@pytest.mark.parametrize(("sets", "built"), [(9, 3), (2, 9), (1, 9), (0, 9)])
-def test_the_rebuilt_form_builds_a_turn_of_loras_once_where_there_is_room(sets, built, monkeypatch):
-    """Room for `sets` merged weights: three rows three times, each with the numbers that it has in room for one."""
-    net, loras = _net(), _loras()
-    rows = [[1, 0, 0], [0, 0.5, 0], [0, 0, -1]]
-    with attached(net, loras, form="rebuilt", bank_bytes=0) as bank:
-        size = sum(weight.nbytes for weight in bank._weights.values())
-        want = []
-        for row in rows:
-            bank.row = row
-            want.append({n: p.clone() for n, p in net.named_parameters()})
-    count = []
-    build = rebuilt.Weight.build
-    monkeypatch.setattr(rebuilt.Weight, "build", lambda self, *given: (count.append(self), build(self, *given))[1])
-    with attached(net, loras, form="rebuilt", bank_bytes=sets * size) as bank:
-        for i in range(9):
-            bank.row = rows[i % 3]
-            assert all(torch.equal(p, want[i % 3][n]) for n, p in net.named_parameters()), i
-        assert len(count) == built * len(bank._weights)
 
 
 class Boom(Exception):
