@@ -286,7 +286,7 @@ def run(seed: int, first: int, count: int) -> dict:
     """Admit mutants first .. first + count - 1; what went wrong, and how long, how large, how many accepted."""
     from multilora.bases import base_of
     from tests import tiny
-    from tests.test_admit import fingerprint, no_hang, rearm
+    from tests.test_admit import disarm, fingerprint, no_hang, rearm
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -297,6 +297,7 @@ def run(seed: int, first: int, count: int) -> dict:
     with tempfile.TemporaryDirectory(dir=shm) as name, no_hang():
         folder = Path(name)
         for number in range(first, first + count):
+            disarm()  # a mutant may have gigabytes, which take longer to write than to refuse
             path = write(folder, seed, number, starts)
             kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} if number % 50 == 0 else None
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -30,8 +30,7 @@ def no_hang():
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        disarm()
         signal.signal(signal.SIGPROF, before[0])
         signal.signal(signal.SIGALRM, before[1])
 
@@ -40,6 +39,12 @@ def rearm(seconds=_SECONDS):
     """Within no_hang: from now on, the whole time anew."""
     signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def disarm():
+    """Within no_hang: until `rearm` time does not count."""
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def fingerprint(pipe) -> str:
