@@ -145,17 +145,20 @@ def leaderboard() -> str:
 
 
 def reviewed(found: dict) -> str:
-    """What a blind review (multilora.lab.evaluate.blind) says of the recogniser, in a sentence or two."""
+    """What a blind review (multilora.lab.evaluate.blind) says of the recogniser, in a few sentences."""
     value, low, high = found["agreement"]
-    wrong = {c: (t[2], t[1]) for c, t in found["categories"].items()}
-    told = ", ".join(f"{c} {b} and {mine}" for c, (b, mine) in sorted(wrong.items(), key=lambda x: -sum(x[1])))
+    tau, least, most = found["tau"]
+    both, mine, its, _ = (sum(column) for column in zip(*found["categories"].values(), strict=True))
+    alone = ", ".join(f"{c} {t[2]} and {t[1]}" for c, t in sorted(found["categories"].items(), key=lambda x: -x[1][2]))
     order = sorted(found["methods"].items(), key=lambda x: -x[1][1] / x[1][0])
     best = ", ".join(f"{name} {seen / asked:.2f}" for name, (asked, seen, _) in order[:3])
     return (
-        f"A reviewer who knew neither prompts nor methods labelled {found['pictures']} of these pictures: recogniser "
-        f"B agrees on {value:.2f} ({low:.2f} to {high:.2f}) of {found['elements']} elements (seen by B alone and by "
-        f"the reviewer alone: {told}); the two order the methods alike with Kendall's tau {found['tau']:.2f}, the "
-        f"reviewer's first three are {best}."
+        f"Reviewers (language models that see, given neither prompts nor methods) labelled {found['pictures']} of "
+        f"these pictures. Recogniser B agrees with them on {value:.2f} ({low:.2f} to {high:.2f}) of "
+        f"{found['elements']} elements, kappa {found['kappa']:.2f}, and is the milder one: it sees "
+        f"{(both + its) / found['elements']:.2f}, they {(both + mine) / found['elements']:.2f} (B alone and they "
+        f"alone: {alone}). The order of the methods is much the same, Kendall's tau {tau:.2f} ({least:.2f} to "
+        f"{most:.2f}); theirs begins {best}."
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -42,17 +42,24 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     raise ValueError(f"{type(pipe).__name__} has no denoiser: wanted a component named {' or '.join(DENOISERS)}")
 
 
-# denoiser -> what was found to fit on it, so that a LoRA which is kept is compared with the base once
-_fitting: WeakKeyDictionary[nn.Module, WeakValueDictionary[tuple[int, ...], Lora]] = WeakKeyDictionary()
+# denoiser -> id of a LoRA -> the LoRA and the components on which it was found to fit, so that one which is kept is
+# compared with a base once
+_fitting: WeakKeyDictionary[nn.Module, dict[int, tuple[ref, ...]]] = WeakKeyDictionary()
 
 
 def _check_fit(pipe: Any, lora: Lora) -> None:
-    """As multilora.files.fits, which a LoRA passes once for the same components."""
-    known = _fitting.setdefault(denoiser_of(pipe)[1], WeakValueDictionary())
-    key = (id(lora), *(id(getattr(pipe, name, None)) for name in COMPONENTS))
-    if known.get(key) is not lora:
+    """As multilora.files.fits, which a LoRA passes once for the same components.
+
+    A layer that someone exchanges within a component later is not looked at again; `attached` refuses its shape.
+    """
+    now = [lora, *(m for name in COMPONENTS if isinstance(m := getattr(pipe, name, None), nn.Module))]
+    known = _fitting.setdefault(denoiser_of(pipe)[1], {})
+    before = [r() for r in known.get(id(lora), ())]
+    if len(before) != len(now) or any(a is not b for a, b in zip(before, now, strict=True)):
         files.fits(lora, pipe)
-        known[key] = lora
+        for key in [key for key, refs in known.items() if refs[0]() is None]:
+            del known[key]
+        known[id(lora)] = tuple(map(ref, now))
 
 
 def half_of(guider: Any) -> str | None:

@@ -221,6 +221,8 @@ class Composer:
         pictures = read_pictures({"image": image, "mask_image": mask_image, "control_image": control_image})
         if strength is not None and "image" not in pictures:
             method_options, strength = {**method_options, "strength": strength}, None
+        if type(preview_seconds) not in (int, float) or not preview_seconds >= 0:
+            raise ValueError(f"preview_seconds={preview_seconds!r}: a number of at least 0 is wanted")
         bound = resolve("route", method, **{**(options or {}), **method_options})
         task, cls = self._class_for(pictures)
         request.text("prompt", prompt)

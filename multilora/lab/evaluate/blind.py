@@ -4,14 +4,17 @@
     python -m multilora.lab.evaluate.blind count OUT ANSWERS.json        what the reviewer and B make of them
 
 Every method draws the same scenes, so methods are compared on equal terms. The reviewer gets the pages and the legend,
-and writes {number: {category: name in the legend, or "none"}}. Of the embedded world only: B knows its LoRAs.
+and writes {number: {category: name in the legend, or "none"}} with all numbers and categories. Of the embedded world
+only: B knows its LoRAs.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +29,33 @@ from multilora.recipe import Recipe
 PAGE, COLUMNS = 20, 5
 
 
-def chosen(folder: str | Path, count: int, seed: int = 0) -> list[tuple[Path, Recipe]]:
-    """About `count` pictures of an evaluation in a mixed order: all methods' pictures of as many scenes, the numbers
-    of LoRAs as even as may be. Raises ValueError where no scene has been drawn by all methods."""
-    scenes: dict[tuple, dict[str, tuple[Path, Recipe]]] = {}
+def chosen(folder: str | Path, count: int, seed: int = 0) -> list[tuple[Path, Recipe, str]]:
+    """About `count` pictures of an evaluation in a mixed order: all arms' pictures of as many scenes, the numbers of
+    LoRAs as even as may be; each with its recipe and the name of its arm. Raises ValueError where no scene has been
+    drawn by all arms."""
+    scenes: dict[tuple, dict[tuple, tuple[Path, Recipe]]] = {}
     for path in sorted((Path(folder) / "pictures").glob("*.png")):
         recipe = Recipe.from_png(path)
         place = (len(recipe.loras), *(use.name for use in recipe.loras), recipe.prompt, recipe.seed)
-        scenes.setdefault(place, {})[recipe.method] = (path, recipe)
-    methods = {name for drawn in scenes.values() for name in drawn}
-    whole = [place for place, drawn in scenes.items() if len(drawn) == len(methods)]
+        arm = (recipe.method, json.dumps(recipe.options, sort_keys=True), *(f"{u.weight}" for u in recipe.loras[:1]))
+        if recipe.loras:
+            scenes.setdefault(place, {})[arm] = (path, recipe)
+    arms: dict[int, set[tuple]] = {}  # by k: a weight of 1/k is another one for each
+    for place, drawn in scenes.items():
+        arms.setdefault(place[0], set()).update(drawn)
+    alike = {arm for some in arms.values() for arm in some if sum(a[0] == arm[0] for a in some) > 1}
+    whole = [place for place, drawn in scenes.items() if len(drawn) == len(arms[place[0]])]
     if not whole:
-        raise ValueError(f"{folder}: no scene is drawn by all of {', '.join(sorted(methods)) or 'its methods'} yet")
+        raise ValueError(f"{folder}: no scene is drawn by all methods of the evaluation yet")
     chance = random.Random(seed)
     chance.shuffle(whole)
     by_k: dict[int, list[tuple]] = {}
     for place in whole:
         by_k.setdefault(place[0], []).append(place)
     turns = [place for turn in range(len(whole)) for k in sorted(by_k) for place in by_k[k][turn : turn + 1]]
-    found = [one for place in turns[: max(1, count // len(methods))] for one in scenes[place].values()]
+    most = max(1, count // max(map(len, arms.values())))
+    found = [(*one, " ".join(arm) if arm in alike else arm[0])
+             for place in turns[:most] for arm, one in scenes[place].items()]  # fmt: skip
     chance.shuffle(found)
     return found
 
@@ -53,12 +64,12 @@ def pages(folder: str | Path, out: str | Path, count: int = 200) -> int:
     """Draw the pages and the legend, seal what was asked and what B sees. Returns the number of pictures."""
     found, known, out = chosen(folder, count), library(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    images = [Image.open(path).convert("RGB") for path, _ in found]
-    wanted = [{known[use.name]["category"]: use.name for use in recipe.loras} for _, recipe in found]
-    readings = Readers.load("b", clip=None).read(images, [recipe.prompt for _, recipe in found], wanted)
+    images = [Image.open(path).convert("RGB") for path, *_ in found]
+    wanted = [{known[use.name]["category"]: use.name for use in recipe.loras} for _, recipe, _ in found]
+    readings = Readers.load("b", clip=None).read(images, [recipe.prompt for _, recipe, _ in found], wanted)
     sealed = {
-        str(i): {"method": recipe.method, "asked": asked, "b": dict(reading.seen), "prompt": recipe.prompt}
-        for i, ((_, recipe), asked, reading) in enumerate(zip(found, wanted, readings, strict=True), 1)
+        str(i): {"method": arm, "asked": asked, "b": dict(reading.seen), "prompt": recipe.prompt}
+        for i, ((_, recipe, arm), asked, reading) in enumerate(zip(found, wanted, readings, strict=True), 1)
     }
     (out / "sealed.json").write_text(json.dumps(sealed, indent=1) + "\n")
     cells = [Cell(image, str(i)) for i, image in enumerate(images, 1)]
@@ -82,37 +93,67 @@ def count(sealed: str | Path, answers: str | Path) -> dict[str, Any]:
 
     categories  category -> (both say there, only the reviewer, only B, neither)
     methods     method -> (elements asked for, seen by the reviewer, seen by B)
-    agreement   [value, low, high], 95% by Wilson
-    tau         Kendall's tau-b of the methods' order by the one and by the other
+    agreement   [value, low, high], 95% by Wilson; kappa: Cohen's, agreement beyond that of chance
+    tau         Kendall's tau-b of the methods' order by the one and by the other, [value, low, high], 95% by a
+                bootstrap over the scenes
 
-    Raises ValueError for a number that is on no page, or an answer that is no name of the legend.
+    Raises ValueError where the answers have not all pictures and categories and no others, or a name is not the
+    legend's of its category.
     """
-    from scipy.stats import kendalltau
-
     asked, told = json.loads(Path(sealed).read_text()), json.loads(Path(answers).read_text())
-    names = {name for each in asked.values() for name in each["asked"].values()}
-    categories: dict[str, list[int]] = {}
-    methods: dict[str, list[int]] = {}
+    names: dict[str, set[str]] = {}
+    for each in asked.values():
+        for category, name in each["asked"].items():
+            names.setdefault(category, {"none"}).add(name)
+    _same(f"{answers}: pictures", told, asked)
+    categories = {category: [0, 0, 0, 0] for category in names}
+    scenes: dict[str, dict[str, list[int]]] = {}
     for number, labels in told.items():
-        if number not in asked:
-            raise ValueError(f"{answers}: picture {number} is on no page; there are 1 to {len(asked)}")
+        _same(f"{answers}: picture {number}, categories", labels, names)
         for category, name in labels.items():
-            if name not in names | {"none"}:
-                raise ValueError(f"{answers}: picture {number}, {category} is {name!r}, wanted one of the legend's "
-                                 f"names ({', '.join(sorted(names))}) or 'none'")  # fmt: skip
+            if name not in names[category]:
+                wanted = ", ".join(sorted(names[category]))
+                raise ValueError(f"{answers}: picture {number}, {category} is {name!r}, wanted one of {wanted}")
+        line = scenes.setdefault(asked[number]["prompt"], {}).setdefault(asked[number]["method"], [0, 0, 0])
         for category, name in asked[number]["asked"].items():
-            mine, its = labels.get(category) == name, asked[number]["b"][category]
-            table = categories.setdefault(category, [0, 0, 0, 0])
-            table[(0 if its else 1) if mine else (2 if its else 3)] += 1
-            line = methods.setdefault(asked[number]["method"], [0, 0, 0])
+            mine, its = labels[category] == name, asked[number]["b"][category]
+            categories[category][(0 if its else 1) if mine else (2 if its else 3)] += 1
             for i, plus in enumerate((1, mine, its)):
                 line[i] += plus
-    total = sum(map(sum, categories.values()))
-    agreement = share(sum(t[0] + t[3] for t in categories.values()), total)
-    order = [[line[i] / line[0] for line in methods.values()] for i in (1, 2)]
-    tau = float(kendalltau(*order).statistic) if len(methods) > 1 else 1.0
+    both, mine, its, neither = (sum(column) for column in zip(*categories.values(), strict=True))
+    total = both + mine + its + neither
+    agreement = share(both + neither, total)
+    by_chance = ((both + mine) * (both + its) + (neither + mine) * (neither + its)) / total**2
+    chance, drawn = random.Random(0), list(scenes.values())
+    taus = sorted(_tau(_methods(chance.choices(drawn, k=len(drawn)))) for _ in range(1000))
+    methods = _methods(drawn)
     return {"pictures": len(told), "elements": total, "agreement": [agreement.value, agreement.low, agreement.high],
-            "categories": categories, "methods": methods, "tau": tau}  # fmt: skip
+            "kappa": (agreement.value - by_chance) / (1 - by_chance) if by_chance < 1 else 1.0,
+            "categories": categories, "methods": methods, "tau": [_tau(methods), taus[25], taus[974]]}  # fmt: skip
+
+
+def _same(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
+    more, less = sorted(set(given) - set(wanted)), sorted(set(wanted) - set(given))
+    if more or less:
+        told = [f"{word} {', '.join(some[:5])}" for word, some in (("unknown", more), ("missing", less)) if some]
+        raise ValueError(f"{what}: {'; '.join(told)}")
+
+
+def _methods(scenes: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:
+    total: dict[str, list[int]] = {}
+    for drawn in scenes:
+        for name, line in drawn.items():
+            total[name] = [a + b for a, b in zip(total.get(name, [0, 0, 0]), line, strict=True)]
+    return total
+
+
+def _tau(methods: dict[str, list[int]]) -> float:
+    from scipy.stats import kendalltau
+
+    if len(methods) < 2:
+        return 1.0
+    found = float(kendalltau(*([line[i] / line[0] for line in methods.values()] for i in (1, 2))).statistic)
+    return 0.0 if math.isnan(found) else found  # one of the two finds all methods equal
 
 
 def main(what: str, *given: str) -> None:
