@@ -245,7 +245,7 @@ def test_previews_come_no_faster_than_asked_for(composer, seconds, steps, monkey
 @pytest.mark.parametrize("seconds", [-1, float("nan"), "0.2", None, True])
 def test_bad_seconds_of_previews_are_refused_before_anything_runs(composer, seconds):
     steps = []
-    with pytest.raises(ValueError, match="preview_seconds=.*at least 0"):
+    with pytest.raises(ValueError, match=r"preview_seconds=.*at least 0"):
         composer("a fox", num_inference_steps=1, progress=lambda *step: steps.append(step), preview_seconds=seconds)
     assert steps == []
 

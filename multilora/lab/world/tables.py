@@ -60,7 +60,13 @@ def alone_table(journal: Journal) -> str:
             for on in (True, False)
         }
         rows.append([design.trigger, design.category, design.split, share(*sums[True]), share(*sums[False])])
-    return table(["LoRA", "category", "split", "with it, weight 1", "same prompts without it"], rows)
+    told = table(["LoRA", "category", "split", "with it, weight 1", "same prompts without it"], rows)
+    for one in journal.of("looked"):
+        told += (
+            f"\n\nThe pictures without {DESIGNS[one['name']].trigger} in which B sees it, among as many with it and "
+            f"without words: a reviewer finds it in {share(*one['without'])}; with it in {share(*one['with'])}."
+        )
+    return told
 
 
 def review_table(journal: Journal) -> str:
