@@ -19,17 +19,15 @@ from multilora.lab.world.designs import CATEGORIES, DESIGNS
 from multilora.pipelines.load import assets, library
 
 LISTING = assets() / "loras" / "library.json"
-needs_library = pytest.mark.skipif(not LISTING.is_file(), reason="assets/ has no LoRAs yet: multilora world train")
 FIELDS = {"name", "file", "format", "category", "trigger", "class_word", "description", "split", "preview", "sha256",
           "rank", "text_encoder"}  # fmt: skip
 AT_LEAST = {"character": 4, "garment": 3, "style": 3, "background": 3, "object": 3}
 
 
 def entries():
-    return json.loads(LISTING.read_text())["loras"] if LISTING.is_file() else []
+    return json.loads(LISTING.read_text())["loras"]
 
 
-@needs_library
 def test_manifest_is_complete_and_split():
     listing = json.loads(LISTING.read_text())
     assert listing["version"] == 1
@@ -50,7 +48,6 @@ def test_manifest_is_complete_and_split():
     assert any(e["text_encoder"] for e in listing["loras"])
 
 
-@needs_library
 @pytest.mark.parametrize("entry", entries(), ids=lambda e: e["name"])
 def test_each_lora_loads_against_the_base(entry):
     path = assets() / "loras" / entry["file"]
@@ -69,7 +66,6 @@ def test_each_lora_loads_against_the_base(entry):
     assert library()[entry["name"]]["path"] == path
 
 
-@needs_library
 def test_the_whole_library_is_small():
     assert sum(f.stat().st_size for f in (assets() / "loras").rglob("*") if f.is_file()) <= 12e6
 
@@ -109,7 +105,6 @@ def test_training_and_judging_scenes_differ():
     assert not a & b
 
 
-@needs_library
 @pytest.mark.long
 def test_two_loras_trained_again_by_the_public_command_reach_the_shipped_presence(tmp_path):
     from multilora.lab.train.lora import train

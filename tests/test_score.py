@@ -23,10 +23,6 @@ from multilora.lab.world.scene import sample_scene
 from multilora.method import UnknownName
 from multilora.pipelines.load import assets
 
-needs_eyes = pytest.mark.skipif(
-    not (assets() / "recogniser_b.json").is_file() or not (assets() / "clip" / "model.safetensors").is_file(),
-    reason="assets/ has no eyes yet: multilora world train",
-)
 HEADS = {"character": ["cat", "zib"], "style": ["flat", "neon", "gamo"]}
 
 
@@ -176,14 +172,12 @@ def test_worn_pictures_keep_shape_and_range():
 # -- the shipped ones ------------------------------------------------------------------------------------------------
 
 
-@needs_eyes
 @pytest.mark.parametrize("which", ["a", "b"])
 def test_shipped_recognisers_read_held_out_renders(which):
     for head, (right, asked) in eyes.recogniser_accuracy(load_recogniser(which), 300).items():
         assert right / asked >= 0.95, (head, right, asked)
 
 
-@needs_eyes
 def test_shipped_facts_say_97_percent_per_head():
     for which in "ab":
         facts = json.loads((assets() / f"recogniser_{which}.json").read_text())
@@ -192,13 +186,11 @@ def test_shipped_facts_say_97_percent_per_head():
             assert right / asked >= 0.97, (which, head)
 
 
-@needs_eyes
 def test_shipped_clip_picks_the_caption_among_32():
     right, asked = eyes.clip_top1(assets() / "clip" / "model.safetensors", 256)
     assert right / asked >= 0.85
 
 
-@needs_eyes
 def test_shipped_clip_is_build_models_own_model():
     import clip
 
@@ -212,7 +204,6 @@ def test_shipped_clip_is_build_models_own_model():
         assert torch.equal(scorer.model.encode_image(x), want.encode_image(x))
 
 
-@needs_eyes
 def test_sizes_of_the_eyes():
     assert sum(f.stat().st_size for f in (assets() / "clip").iterdir()) <= 8e6
     assert sum((assets() / f"recogniser_{w}.safetensors").stat().st_size for w in "ab") <= 2e6
