@@ -57,8 +57,9 @@ def _check_fit(pipe: Any, lora: Lora) -> None:
     before = [r() for r in known.get(id(lora), ())]
     if len(before) != len(now) or any(a is not b for a, b in zip(before, now, strict=True)):
         files.fits(lora, pipe)
-        for key in [key for key, refs in known.items() if refs[0]() is None]:
-            del known[key]
+        for key, refs in list(known.items()):  # a copy: other threads add LoRAs, too
+            if refs[0]() is None:
+                known.pop(key, None)
         known[id(lora)] = tuple(map(ref, now))
 
 
