@@ -62,16 +62,21 @@ def pixels(answer, i: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", ["merge", "composite"])
-def test_a_picture_is_bit_equal_to_a_lone_one_and_can_be_made_again_from_its_png(engine, method, tmp_path):
+def test_a_picture_is_bit_equal_to_a_lone_one_and_can_be_made_again_from_its_png(
+    engine, method, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("multilora.web.service.engine.PREVIEW_SECONDS", 0.0)
     asked = recipe("zib", "korv", method=method)
     answer, events = run(engine, Compose(recipe=asked))
     assert np.array_equal(pixels(answer), lone(asked))
     assert [e.step for e in events if e.kind == "progress"] == [1, 2]
-    assert {e.image.size for e in events if e.kind == "preview"} == {(8, 8)}
+    assert [e.image.size for e in events if e.kind == "preview"] == [(8, 8)] * 2
     (tmp_path / "x.png").write_bytes(answer.result.pictures[0].png)
     read = Recipe.from_png(tmp_path / "x.png")
     assert [u.reference for u in read.loras] == ["zib", "korv"]
-    other, _ = run(engine, Compose(recipe=recipe("gorm", method="switch", seed=9)))
+    monkeypatch.setattr("multilora.web.service.engine.PREVIEW_SECONDS", 3600.0)
+    other, events = run(engine, Compose(recipe=recipe("gorm", method="switch", seed=9)))
+    assert [e.kind for e in events].count("preview") == 1
     assert not np.array_equal(pixels(other), pixels(answer))
     assert np.array_equal(pixels(run(engine, Compose(recipe=read, preview=False))[0]), pixels(answer))
 

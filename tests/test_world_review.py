@@ -63,3 +63,12 @@ def test_agreement_is_counted_as_by_hand(tmp_path):
     (tmp_path / "answers.json").write_text(json.dumps({"1": {"character": "dragon"}}))
     with pytest.raises(ValueError, match=r"answers\.json: picture 1, character is 'dragon', wanted .*fox"):
         review.count(tmp_path / "sealed.json", tmp_path / "answers.json", journal)
+
+
+def test_a_second_look_is_counted_by_what_was_drawn(tmp_path):
+    journal = Journal(tmp_path / "report.jsonl")
+    labels = [[True, True], [False, True], [False, False], [True, True], [False, False], [True, False]]
+    journal.add("looked/corno", name="corno", labels=labels)
+    told = tables.alone_table(journal)
+    assert "1 of 3; with it in" in told
+    assert told.endswith("2 of 3.")

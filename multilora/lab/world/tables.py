@@ -61,10 +61,12 @@ def alone_table(journal: Journal) -> str:
         }
         rows.append([design.trigger, design.category, design.split, share(*sums[True]), share(*sums[False])])
     told = table(["LoRA", "category", "split", "with it, weight 1", "same prompts without it"], rows)
-    for one in journal.of("looked"):
+    for one in journal.of("looked"):  # labels: [with the LoRA, whether a reviewer sees its element] by picture
+        seen = {on: [there for with_it, there in one["labels"] if with_it == on] for on in (False, True)}
+        without, given = (share(sum(labels), len(labels)) for labels in seen.values())
         told += (
             f"\n\nThe pictures without {DESIGNS[one['name']].trigger} in which B sees it, among as many with it and "
-            f"without words: a reviewer finds it in {share(*one['without'])}; with it in {share(*one['with'])}."
+            f"without words: a reviewer finds it in {without}; with it in {given}."
         )
     return told
 
