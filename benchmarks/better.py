@@ -1,44 +1,44 @@
 """Ways to compose on the TRAIN split of the embedded world, read by recogniser A: where settings are looked for.
 
-    OMP_NUM_THREADS=1 python benchmarks/better.py [--k 5] [--pictures 24] [ARM ...]
+    python benchmarks/better.py [--k 2 3 4 5] [--sets 6] [--pictures 120] [ARM ...]
+    python benchmarks/better.py --part 1 --parts 2 [--device cuda --batch 20] --journal FILE      # one of two jobs
+    python benchmarks/better.py --table                       # of docs/world/better.jsonl, and assets/auto.json
 
 An arm is METHOD@WEIGHT or METHOD@WEIGHT:option=value,option=value; without arms, those of ARMS. All arms have the same
-sets, prompts and noise. What is in the journal is not drawn again; the table of all that is there is written to
-benchmarks/better.md after each arm. Nothing here may choose by the test split or by recogniser B.
+sets, prompts and noise. What is in the journal is not drawn again. Nothing here chooses by the test split or by
+recogniser B. --table writes benchmarks/better.md, and for the method `auto` the best arm for every k and budget.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import time
+import json
 from pathlib import Path
 
 from multilora.lab.evaluate.statistics import wilson
-from multilora.lab.score.presence import presence
-from multilora.lab.world.caption import caption
-from multilora.lab.world.designs import DESIGNS
-from multilora.lab.world.loras import pictures
-from multilora.lab.world.report import GUIDANCE, STEPS, Journal, composed_scene, sets
+from multilora.lab.reproduce.mole import CHUNK, STEPS, Bench, shared_out
+from multilora.lab.world.report import GUIDANCE, Journal
 from multilora.method import resolve
-from multilora.pipelines.composing import member
-from multilora.pipelines.image import Composer
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "benchmarks" / "better.md"
+TABLE, AUTO = ROOT / "benchmarks" / "better.md", ROOT / "assets" / "auto.json"
+BUDGETS = (1, 2, 6)  # model runs a step: what a merge costs, what a base pass beside it costs, k + 1 of five LoRAs
 ARMS = (
-    "merge@1",
-    "merge@0.8",
-    "boosted_merge@0.8:boost=0.5",
-    "boosted_merge@0.6:boost=1",
-    "composite_then_merge@1:early=sum_of_differences,crossover=0.2",
+    *(f"merge@{w}" for w in (0.6, 0.8, 1, 1.2, 1.4)),
+    *(f"arrow@{w}" for w in (1, 1.4, 2)),
+    "switch@1:every=1",
+    "switch@1.5:every=1",
+    "stale_composite@1:rows=1",
+    "stale_composite@2:rows=2",
+    "stale_sum@1:rows=1",
+    "stale_sum@1:rows=2",
     "composite_then_merge@1:early=composite,crossover=0.2",
-    "sum_of_differences@1",
+    "composite_then_merge@1:early=sum_of_differences,crossover=0.2",
+    *(f"boosted_merge@{w}:boost={b}" for w in (0.6, 0.8, 1) for b in (0.5, 1)),
+    *(f"loratorio@{w}" for w in (0.8, 1, 1.2)),
+    *(f"sum_of_differences@{w}" for w in (0.8, 1)),
     "sum_of_differences@1:guard=1",
-    "stale_sum@1",
-    "loratorio@1",
 )
-BATCH = 4
 
 
 def read(arm: str) -> tuple[str, float, dict[str, str]]:
@@ -46,79 +46,82 @@ def read(arm: str) -> tuple[str, float, dict[str, str]]:
     head, _, tail = arm.partition(":")
     name, _, weight = head.partition("@")
     options = dict(part.split("=", 1) for part in tail.split(",") if part)
-    return name, float(weight or 1), resolve("route", name, **options).options
+    resolve("route", name, **options)
+    return name, float(weight or 1), options
 
 
-def batches(k: int, count: int) -> list[tuple[tuple[str, ...], int]]:
-    """(set, first picture) of each batch: sets of the train split in a fixed random order, again when all are used."""
-    found = sets("train", k)
-    random.Random(f"better/{k}").shuffle(found)
-    return [(found[i % len(found)], BATCH * (i // len(found))) for i in range(-(-count // BATCH))]
+def measure(bench: Bench, chosen: tuple[str, ...], count: int, arms: list[str]) -> None:
+    loras = [bench.lora(name) for name in chosen]
+    for arm in arms:
+        name, weight, options = read(arm)
+        bench.cell(arm, chosen, count, loras, [weight] * len(chosen), resolve("route", name, **options))
+    print(f"{'+'.join(chosen)}: done", flush=True)
 
 
-def measure(pipe, journal: Journal, arm: str, k: int, count: int) -> None:
-    """Draw and read what the journal lacks of one arm."""
-    method, weight, options = read(arm)
-    for chosen, first in batches(k, count):
-        key = f"{k}/{arm}/{'+'.join(chosen)}/{first}"
-        if key in journal:
-            continue
-        scenes = [composed_scene(chosen, 500 + first + i) for i in range(BATCH)]
-        began = time.process_time()
-        images = pictures(
-            pipe, [caption(scene, 1) for scene in scenes], range(500 + first, 500 + first + BATCH),
-            [member(pipe, name) for name in chosen], method, weights=[weight] * k, **options,
-        )  # fmt: skip
-        seconds = time.process_time() - began
-        seen = presence(images, {DESIGNS[n].category: n for n in chosen}, "a")
-        pairs = list(zip(*seen.values(), strict=True))
-        journal.add(
-            key, arm=arm, k=k, pictures=BATCH, found=sum(map(sum, pairs)), complete=sum(map(all, pairs)),
-            seconds=round(seconds, 2),
-        )  # fmt: skip
+def cells(journal: Journal) -> dict[int, dict[str, dict[str, float]]]:
+    """k -> arm -> its counts."""
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for e in journal.of("picture"):
+        total = found.setdefault(e["k"], {}).setdefault(e["cell"], {})
+        for name in ("found", "asked", "complete", "pictures"):
+            total[name] = total.get(name, 0) + e[name]
+        total["rows"] = total.get("rows", 0) + e["rows"] * e["pictures"]
+    return dict(sorted(found.items()))
+
+
+def best(arms: dict[str, dict[str, float]], budget: float) -> str:
+    """The arm that shows most elements within a budget of model runs a step; of equals the cheaper one."""
+    within = {arm: c for arm, c in arms.items() if c["rows"] / c["pictures"] <= budget + 0.1}
+    return max(within, key=lambda arm: (within[arm]["found"] / within[arm]["asked"], -within[arm]["rows"]))
 
 
 def write(journal: Journal) -> None:
     lines = [
         "# Looking for better settings: train split, recogniser A\n",
-        f"Written by `python benchmarks/better.py`. {STEPS} steps, guidance {GUIDANCE:g}; presence of the requested "
-        "designs with its 95% Wilson interval (designs taken as independent), pictures with all of them, CPU seconds "
-        "a picture relative to the first arm of that k. Small samples: intervals that overlap order nothing.\n",
-        "| k | arm | presence | all of them | time | pictures |",
+        f"Written by `python benchmarks/better.py --table`. {STEPS} steps, guidance {GUIDANCE:g}; presence of the "
+        "requested designs with its 95% Wilson interval (designs taken as independent), pictures with all of them, "
+        "model runs a step. Intervals that overlap order little.\n",
+        "| k | arm | presence | all of them | runs a step | pictures |",
         "|---|---|---|---|---|---|",
     ]
-    entries = list(journal.lines.values())
-    for k in sorted({e["k"] for e in entries}):
-        first = None
-        for arm in dict.fromkeys(e["arm"] for e in entries if e["k"] == k):
-            mine = [e for e in entries if e["k"] == k and e["arm"] == arm]
-            count = sum(e["pictures"] for e in mine)
-            found, complete = sum(e["found"] for e in mine), sum(e["complete"] for e in mine)
-            low, high = wilson(found, k * count)
-            pace = sum(e["seconds"] for e in mine) / count
-            first = first or pace
-            share = f"{found / (k * count):.2f} ({low:.2f} to {high:.2f})"
-            lines.append(f"| {k} | {arm} | {share} | {complete / count:.2f} | {pace / first:.1f} | {count} |")
+    chosen: dict[str, dict[str, dict]] = {}
+    for k, arms in cells(journal).items():
+        for arm, c in sorted(arms.items(), key=lambda item: -item[1]["found"] / item[1]["asked"]):
+            low, high = wilson(int(c["found"]), int(c["asked"]))
+            lines.append(
+                f"| {k} | {arm} | {c['found'] / c['asked']:.2f} ({low:.2f} to {high:.2f}) | "
+                f"{c['complete'] / c['pictures']:.2f} | {c['rows'] / c['pictures']:.2f} | {c['pictures']:.0f} |"
+            )
+        for budget in BUDGETS:
+            arm = best(arms, budget)
+            name, weight, options = read(arm)
+            options = {key: resolve("route", name, **options).options[key] for key in options}
+            share = round(arms[arm]["found"] / arms[arm]["asked"], 3)
+            chosen.setdefault(str(k), {})[str(budget)] = {
+                "method": name, "weight": weight, "options": options, "presence": share,
+                "pictures": int(arms[arm]["pictures"]),
+            }  # fmt: skip
     TABLE.write_text("\n".join([*lines, ""]))
+    AUTO.write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", default=list(ARMS))
-    parser.add_argument("--k", type=int, nargs="+", default=[5])
-    parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--journal", type=Path, default=ROOT / "out" / "better.jsonl")
+    parser.add_argument("--k", type=int, nargs="+", default=[2, 3, 4, 5])
+    parser.add_argument("--journal", type=Path, default=ROOT / "docs" / "world" / "better.jsonl")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--table", action="store_true", help="write what the journal holds, measure nothing")
+    for name, default in (("pictures", 120), ("sets", 6), ("batch", CHUNK), ("part", 1), ("parts", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     for arm in asked.arms:
         read(arm)
-    journal = Journal(asked.journal)
-    pipe = Composer.from_pretrained("embedded", device="cpu").pipe
-    pipe.set_progress_bar_config(disable=True)
-    for k in asked.k:
-        for arm in asked.arms:
-            measure(pipe, journal, arm, k, asked.pictures)
-            write(journal)
-            print(f"k = {k}: {arm}", flush=True)
+    if not asked.table:
+        bench = Bench(asked.journal, asked.journal.parent, device=asked.device, batch=asked.batch, recogniser="a")
+        for chosen, count in shared_out(asked.k, asked, "train"):
+            measure(bench, chosen, count, asked.arms)
+    write(Journal(asked.journal))
 
 
 if __name__ == "__main__":

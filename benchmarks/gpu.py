@@ -1,6 +1,7 @@
-"""The GPU's table: goals G1 to G10, each against its baseline in the same run; 8 minutes on one card.
+"""The GPU's table: goals G1 to G10, each against its baseline in the same run; minutes on one card.
 
     python benchmarks/gpu.py [G1 G5 ...] > benchmarks/gpu.md       needs torch, triton, peft, transformers, diffusers
+    python benchmarks/gpu.py --out so_far.md                       the table after each goal too, should time run out
     python benchmarks/gpu.py --dry-run                             the same calls at small sizes on the CPU
 
 A bare machine needs a checkout and no installation of this package. Times are CUDA events, the ways in turn, as
@@ -139,24 +140,31 @@ def sections() -> dict[str, Callable[[Setting, Report], None]]:
 
 
 @torch.no_grad()
-def run(setting: Setting, wanted: list[str], minutes: float) -> Report:
+def run(
+    setting: Setting, wanted: list[str], minutes: float, keep: Callable[[Report], None] = lambda _: None
+) -> Report:
+    """keep   is given the report after every section"""
     report, began = Report(), time.monotonic()
+    _ = setting.bandwidth  # first: a kernel that breaks the context must not cost the table
     for name, section in sections().items():
         if wanted and name not in wanted:
             continue
         if time.monotonic() - began > 60 * minutes:
             report.left_out.append(f"{name}: the {minutes:g} minutes are over")
             continue
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        print(f"{name} ... at {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         try:
             section(setting, report)
+            if setting.device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
         except ImportError as error:
             report.left_out.append(f"{name}: {error}")
         except Exception as error:  # one goal's failure must not cost the others theirs
             traceback.print_exc()
             report.failed.append(f"{name}: {type(error).__name__}: {error}")
-        if setting.device.type == "cuda":
-            torch.cuda.empty_cache()
+        keep(report)
+    print(f"done at {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return report
 
 
@@ -183,13 +191,19 @@ def main(arguments: list[str] | None = None) -> int:
                         help="G1 (to G3), G4, G5 (to G7), G8, G9, G10; default all")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="every call once, at small sizes, on the CPU")
     parser.add_argument("--minutes", type=float, default=8, help="no goal is begun after these")
+    parser.add_argument("--out", type=Path, help="also write the table here, anew after each goal")
     given = parser.parse_args(arguments)
     if not given.dry_run and not torch.cuda.is_available():
         print("no CUDA device here; `--dry-run` makes the same calls at small sizes on the CPU", file=sys.stderr)
         return 1
     device = torch.device("cpu" if given.dry_run else "cuda")
     setting = Setting(device, given.dry_run, 1 if given.dry_run else 7, torch.float32 if given.dry_run else torch.half)
-    report = run(setting, given.goals, given.minutes)
+
+    def keep(report: Report) -> None:
+        if given.out:
+            given.out.write_text("\n".join(lines(setting, report)) + "\n", encoding="utf-8")
+
+    report = run(setting, given.goals, given.minutes, keep)
     print("\n".join(lines(setting, report)))
     return 1 if report.failed else 0
 

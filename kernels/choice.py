@@ -1,9 +1,8 @@
 """Which code runs an operation of `routed`: plain PyTorch, the reference or Triton; and why.
 
-Plain PyTorch runs everywhere unless something else is asked for, by the argument `implementation` or for the whole
-process by the environment variable MULTILORA_KERNELS. The Triton kernels are checked in Triton's interpreter and
-compiled for GPUs without one; they have not been timed on a GPU, so nothing chooses them unasked. What was asked for
-runs or is refused with the reason; nothing falls back in silence.
+Plain PyTorch runs unless something else is asked for, by the argument `implementation` or for the whole process by the
+environment variable MULTILORA_KERNELS; on CUDA devices Triton runs UNASKED, where it was measured to be many times
+faster (benchmarks/gpu.md). What was asked for runs or is refused with the reason; nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("torch", "reference", "triton")
 VARIABLE = "MULTILORA_KERNELS"
+UNASKED = ("rebuild_",)  # one launch for all layers
 TESTED = ((3, 6), (3, 9))  # versions of Triton: torch 2.11 comes with the first, torch 2.15 with the last
 
 
@@ -62,6 +62,8 @@ def chosen(implementation: str | None, operation: str, x: Tensor, has_triton: bo
     Raises ValueError with the reason where it cannot run.
     """
     name = asked() if implementation is None else implementation
+    if implementation is None and operation in UNASKED and x.is_cuda and not os.environ.get(VARIABLE):
+        name = "torch" if why_not_triton(x.device) else "triton"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {name!r}: wanted one of {', '.join(IMPLEMENTATIONS)}")
     if name != "triton":
@@ -82,5 +84,9 @@ def described() -> str:
     if name == "triton":
         where = "in the interpreter, slow and for checking" if interpreted() else "on CUDA devices"
         return f"Triton {version} asked for by {VARIABLE}: " + (f"refused, {reason}" if reason else f"runs {where}")
-    others = f"Triton kernels cannot run: {reason}" if reason else f"{VARIABLE}=triton asks for Triton {version}"
-    return f"{'plain PyTorch' if name == 'torch' else 'the reference'} runs; {others}"
+    plain = "plain PyTorch runs" if name == "torch" else "the reference runs"
+    if reason:
+        return f"{plain}; Triton kernels cannot run: {reason}"
+    if not os.environ.get(VARIABLE):
+        plain += f", Triton {version} for {', '.join(UNASKED)}"
+    return f"{plain}; {VARIABLE}=triton asks for Triton {version}"

@@ -10,7 +10,7 @@ the definitions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from multilora.kernels.choice import IMPLEMENTATIONS, chosen
 
 __all__ = [
     "IMPLEMENTATIONS", "add_by_index_", "add_expanded", "add_folded", "add_folded_conv", "columns", "rebuild_",
-    "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_picked", "routed_segments", "shrunk",
+    "rebuilder", "routed", "routed_by_index", "routed_conv", "routed_embedding", "routed_picked", "routed_segments",
+    "shrunk",
 ]  # fmt: skip
 
 
@@ -370,8 +371,9 @@ def rebuild_(
 
     Summed in float32, or float64 where the base is; rounded once. Raises ValueError when shapes disagree.
     """
-    check_layers(outs, bases, downs, ups, scales)
     which = chosen(implementation, "rebuild_", bases[0]) if bases else "torch"
+    if which != "triton":  # which checks what it has not seen: 560 layers' checks take longer than their weights
+        check_layers(outs, bases, downs, ups, scales)
     if which == "reference":
         for out, *arguments in zip(outs, bases, downs, ups, scales, strict=True):
             out.copy_(reference.rebuild(*arguments))
@@ -381,3 +383,17 @@ def rebuild_(
         triton_rebuild.rebuild_(outs, bases, downs, ups, scales)
     else:
         plain.rebuild_(outs, bases, downs, ups, scales)
+
+
+def rebuilder(
+    outs: Sequence[Tensor], bases: Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor],
+    *, implementation: str | None = None,
+) -> Callable[[Tensor], None]:  # fmt: skip
+    """run(scale [sum of R], the layers' in turn): `rebuild_` of tensors that stay where they are; it holds them."""
+    ranks = [len(down) for down in downs]
+    check_layers(outs, bases, downs, ups, [base.new_empty(rank) for base, rank in zip(bases, ranks, strict=True)])
+    if bases and chosen(implementation, "rebuild_", bases[0]) == "triton":
+        from multilora.kernels import triton_rebuild
+
+        return triton_rebuild.rebuilder(outs, bases, downs, ups)
+    return lambda scale: rebuild_(outs, bases, downs, ups, scale.split(ranks), implementation=implementation)

@@ -14,10 +14,12 @@ from torch import Tensor
 from multilora.kernels import plain
 from multilora.kernels.triton_shared import accumulator, block
 
-PARTS = 1024  # width of the input that one program of the shrink takes
+PART = 256  # width of the input that one program of the shrink takes, where few tokens must fill the GPU
+FILLED = 256  # programs: two on each multiprocessor of a large GPU, nearly
 
 
-@triton.jit
+# Not specialised: what changes with the batch and no vector load depends on.
+@triton.jit(do_not_specialize=["picks", "n_t", "n_j"])
 def _shrink(
     h, x, down, index, wide, rank, picks, x_t, x_i, d_e, d_r, d_i, n_t, n_j,
     PART: tl.constexpr, WIDE: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
@@ -39,21 +41,25 @@ def _shrink(
     tl.store(h + (part * tl.num_programs(0) + pick) * rank + r, total, mask=r < rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "picks", "parts", "n_t", "n_j", "w_t", "w_j"])
 def _expand(
     y, h, up, index, weight, tokens, out, rank, picks, parts, y_t, y_o, u_e, u_o, u_r, n_t, n_j, w_t, w_j,
-    ADD: tl.constexpr, WIDE: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    ADD: tl.constexpr, WIDE: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
-    r = tl.arange(0, BR)
+    r, p = tl.arange(0, BR), tl.arange(0, BP)
     total = tl.zeros((BO,), dtype=WIDE)
     for j in range(picks):
         expert = tl.load(index + t * n_t + j * n_j).to(tl.int64)
         ranks = r < tl.where(expert >= 0, rank, 0)
         inner = tl.zeros((BR,), dtype=WIDE)
-        for part in range(parts):
-            inner += tl.load(h + ((part * tokens + t) * picks + j) * rank + r, mask=ranks, other=0.0)
+        for part in range(0, parts, BP):
+            each = tl.load(
+                h + (((part + p)[:, None] * tokens + t) * picks + j) * rank + r[None, :],
+                mask=(part + p < parts)[:, None] & ranks[None, :], other=0.0,
+            )  # fmt: skip
+            inner += tl.sum(each, axis=0)
         inner *= tl.load(weight + t * w_t + j * w_j).to(WIDE)
         us = tl.load(
             up + expert * u_e + o[:, None] * u_o + r[None, :] * u_r, mask=(o < out)[:, None] & ranks[None, :],
@@ -74,19 +80,31 @@ def _run(y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: 
             y.zero_()
         return
     index, weight = (t.expand(tokens, picks) for t in (index, weight))
-    kind, parts, br = accumulator(x.dtype), triton.cdiv(wide, PARTS), triton.next_power_of_2(rank)
+    kind, br = accumulator(x.dtype), triton.next_power_of_2(rank)
+    part, bo = sizes(tokens, picks, wide, out, br)
+    parts = triton.cdiv(wide, part)
     h = torch.empty(
         parts, tokens, picks, rank, device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
     )
     _shrink[(tokens * picks, parts)](
         h, x, down, index, wide, rank, picks, *x.stride(), *down.stride(), *index.stride(),
-        PART=PARTS, WIDE=kind, BI=block(wide, most=128), BR=br,
+        PART=part, WIDE=kind, BI=min(part, max(4096 // br, 16)), BR=br,
     )  # fmt: skip
-    bo = block(out, most=64)
     _expand[(tokens, triton.cdiv(out, bo))](
         y, h, up, index, weight, tokens, out, rank, picks, parts, *y.stride(), *up.stride(), *index.stride(),
-        *weight.stride(), ADD=add, WIDE=kind, BO=bo, BR=br,
+        *weight.stride(), ADD=add, WIDE=kind, BO=bo, BR=br, BP=min(triton.next_power_of_2(parts), 16),
     )  # fmt: skip
+
+
+def sizes(tokens: int, picks: int, wide: int, out: int, br: int) -> tuple[int, int]:
+    """Width of the shrink's parts and outputs of the expand's programs: as large as still fills a GPU."""
+    part = block(wide, most=1024)
+    while part > PART and tokens * picks * triton.cdiv(wide, part) < FILLED:
+        part //= 2
+    bo = block(out, most=max(16, min(128, 4096 // br)))
+    while bo > 32 and tokens * triton.cdiv(out, bo) < FILLED:
+        bo //= 2
+    return part, bo
 
 
 @torch.library.custom_op("multilora::by_index", mutates_args=())

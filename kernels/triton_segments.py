@@ -14,9 +14,10 @@ from torch import Tensor
 from multilora.kernels.triton_shared import accumulator, block, upcast
 
 RANKS = 128  # at once; more are taken in turn
+PROGRAMS = 132  # that a large GPU runs at once, or more
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _segments(
     y, x, down, up, scale, tokens, wide, out, rank, alpha,
     y_s, y_t, y_o, x_s, x_t, x_i, d_s, d_r, d_i, u_s, u_o, u_r, f_s, f_t, f_r,
@@ -41,7 +42,7 @@ def _segments(
         )  # fmt: skip
         if UPCAST:
             xs, ds = xs.to(WIDE), ds.to(WIDE)
-        h = tl.dot(xs, ds, h, input_precision="ieee")
+        h = tl.dot(xs, ds, h, out_dtype=WIDE, input_precision="ieee")
     h *= alpha
     if SCALED:
         each = tl.load(
@@ -78,12 +79,14 @@ def _run(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor | None, a
         ranks = slice(first, first + RANKS)
         d, u = down[:, ranks], up[:, :, ranks]
         f = u if scale is None else scale[:, :, ranks]
-        bt = 32 if tokens > 16 else 16
+        bt, most = 64, 32 if x.dtype == torch.float64 else 64  # with more, shared memory overflows
+        while bt > 16 and triton.cdiv(tokens, bt) * g < PROGRAMS:
+            bt //= 2
         _segments[(triton.cdiv(tokens, bt), g)](
             y, x, d, u, f, tokens, wide, out, d.shape[1], alpha,
             *y.stride(), *x.stride(), *d.stride(), *u.stride(), *f.stride(),
             SCALED=scale is not None, ADD=add or first > 0, WIDE=accumulator(x.dtype), UPCAST=upcast(),
-            BT=bt, BI=block(wide, most=64), BR=block(d.shape[1]), BO=block(out, most=64),
+            BT=bt, BI=block(wide, most=most), BR=block(d.shape[1]), BO=block(out, most=most),
         )  # fmt: skip
 
 

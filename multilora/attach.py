@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from multilora.compiled import Eager
 from multilora.lora import Lora
 from multilora.rebuilt import WIDE, Merged, Weight, mergeable, moving, tied_parameters
+from multilora.rebuilt_many import Many, rebuilt_at_once
 from multilora.routing import Asked
 from multilora.side import Branch, Row, branches_of
 from multilora.sites import Site, nearest, quantised, sites_of
@@ -93,6 +94,7 @@ class Bank:
         plain = [] if form == "side" else [site for site in sites if mergeable(site, tied)]
         self._weights = {site: Weight(site, self._branches[site]) for site in plain}
         self._scratch: dict[Site, Merged] = {}
+        self._many: Many | None = None
         self._kept: OrderedDict[tuple[float, ...], dict[Site, Merged]] = OrderedDict()
         self._rows: OrderedDict[Any, Row] = OrderedDict()
         self._row: Row | Tensor | None = None
@@ -216,8 +218,9 @@ class Bank:
             return
         with torch.inference_mode(False), torch.no_grad():
             kept = self._bank_entry(row) if self.form == "bank" else None
+            at_once = rebuilt_at_once(self, wanted) if kept is None else ()
             for site, weight in self._weights.items():
-                if kept is None:
+                if kept is None and site not in at_once:
                     self._scratch[site] = weight.build(row, self._scratch.get(site))
                 weight.put((kept or self._scratch)[site])
         self._in_weights = wanted
@@ -297,6 +300,7 @@ class Bank:
         self.rest()
         self._kept.clear()
         self._scratch.clear()
+        self._many = None
         self._rows.clear()
 
 

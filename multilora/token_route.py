@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from multilora.kernels import choice
 from multilora.kernels import routed as kernels
+from multilora.rebuilt_many import Many
 from multilora.routing import Asked, numbers
 from multilora.side import Branch, Stack
 
@@ -273,34 +274,15 @@ class Merge:
 
     def __init__(self, bank: Any, head: str) -> None:
         self._bank, self.head = weakref.ref(bank), head
-        self.weights, self.outs, self.bases, self.downs, self.ups = [], [], [], [], []
-        with torch.inference_mode(False), torch.no_grad():
-            for site, weight in bank._weights.items():
-                low = all(part is None or (part.rank is not None and part.bias is None) for part in site.parts)
-                if site.kind != "linear" or site.path == head or not low:
-                    continue
-                base = weight.base[0]
-                stacked = bank._branches[site].stacked((base.device, torch.promote_types(base.dtype, torch.float32)))
-                self.weights.append(weight)
-                self.outs.append(torch.empty_like(base, memory_format=torch.contiguous_format))
-                self.bases.append(base)
-                self.downs.append(stacked.down)
-                self.ups.append(stacked.up.T)
+        self.many = Many(weight for site, weight in bank._weights.items() if site.path != head)
 
     def put(self, row: Tensor) -> None:
         """The weights of a row [k], from the pristine ones, in place of these."""
-        bank, scales = self._bank(), {}
-        with torch.inference_mode(False), torch.no_grad():
-            row = row.clone()
-            for weight in self.weights:
-                key = (weight.site.ranks, weight.site.factors)
-                if key not in scales:
-                    scales[key] = _per_rank(row, *key, row.dtype).reshape(-1)
-            found = [scales[w.site.ranks, w.site.factors] for w in self.weights]
-            kernels.rebuild_(self.outs, self.bases, self.downs, self.ups, found)
-            bank._in_weights = self
-            for weight, out in zip(self.weights, self.outs, strict=True):
-                weight.put((out, None))
+        bank = self._bank()
+        self.many.build(row)
+        bank._in_weights = self
+        for weight, out in zip(self.many.weights, self.many.outs, strict=True):
+            weight.put((out, None))
 
     def undo(self) -> None:
         bank = self._bank()

@@ -36,7 +36,7 @@ def test_without_a_gpu_it_refuses_and_proposes_the_dry_run(monkeypatch, capsys):
     assert "`--dry-run` makes the same calls" in capsys.readouterr().err
 
 
-def test_a_goal_that_fails_is_named_and_the_others_run(monkeypatch, capsys):
+def test_a_goal_that_fails_is_named_and_the_others_run(monkeypatch, capsys, tmp_path):
     import gpu
 
     def fails(setting, report):
@@ -51,8 +51,9 @@ def test_a_goal_that_fails_is_named_and_the_others_run(monkeypatch, capsys):
         raise ImportError("No module named 'diffusers'")
 
     monkeypatch.setattr(gpu, "sections", lambda: {"G4": lacks, "G5": fails, "G9": runs})
-    assert gpu.main(["--dry-run"]) == 1
+    assert gpu.main(["--dry-run", "--out", str(tmp_path / "table.md")]) == 1
     said = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() == said
     assert "**Failed. G5: RuntimeError: no such kernel**" in said
     assert "Not run. G4: No module named 'diffusers'." in said
     assert "| G9 | b / a | <= 1.5 |  |" in said.splitlines()

@@ -8,6 +8,7 @@ import importlib
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_the_process_may_ask_for_the_reference(monkeypatch):
     assert torch.equal(kernels.routed_segments(X, DOWN, UP, implementation="torch"), want)
 
 
+def test_on_cuda_devices_triton_rebuilds_weights_unasked(monkeypatch):
+    x = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    monkeypatch.setattr(choice, "_version", lambda: "3.9.0")
+    assert choice.chosen(None, "rebuild_", x) == "triton"
+    assert choice.chosen(None, "routed", x) == "torch"
+    assert choice.chosen("torch", "rebuild_", x) == "torch"
+    assert choice.chosen(None, "rebuild_", X) == "torch"
+    monkeypatch.setenv(choice.VARIABLE, "torch")
+    assert choice.chosen(None, "rebuild_", x) == "torch"
+    monkeypatch.delenv(choice.VARIABLE)
+    monkeypatch.setattr(choice, "_version", lambda: "4.0.1")
+    assert choice.chosen(None, "rebuild_", x) == "torch"
+
+
 def test_one_line_says_what_runs_and_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(choice, "_version", lambda: "3.9.0")
@@ -87,6 +103,9 @@ def test_one_line_says_what_runs_and_why(monkeypatch):
     assert choice.described() == "Triton 3.9.0 asked for by MULTILORA_KERNELS: refused, no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choice.described() == "Triton 3.9.0 asked for by MULTILORA_KERNELS: runs on CUDA devices"
+    monkeypatch.delenv(choice.VARIABLE)
+    told = "plain PyTorch runs, Triton 3.9.0 for rebuild_; MULTILORA_KERNELS=triton asks for Triton 3.9.0"
+    assert choice.described() == told
     monkeypatch.setenv(choice.VARIABLE, "torch")
     assert choice.described() == "plain PyTorch runs; MULTILORA_KERNELS=triton asks for Triton 3.9.0"
 

@@ -1,4 +1,7 @@
-"""Run by test_kernels_triton.py: every kernel is compiled to machine code for GPUs that this machine need not have."""
+"""Run by test_kernels_triton.py: every kernel is compiled to machine code for GPUs that this machine need not have.
+
+On a bare machine, from a checkout: PYTHONPATH=. python3 tests/triton_compile.py
+"""
 
 import itertools
 
@@ -12,45 +15,69 @@ from multilora.kernels.triton_shared import TYPES, accumulator
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 FLOATS = {"y", "x", "down", "up", "scale", "weight"}  # pointers to the tensors' own type
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a program may have
 
 
 def kernels(dtype):
-    """(kernel, its compile-time arguments) as the launchers choose them for a layer of 320, rank 16."""
+    """(kernel, its compile-time arguments) as the launchers choose them: rank 16, and the largest tiles."""
     wide = accumulator(dtype)
-    tiles = {"WIDE": wide, "UPCAST": False, "BT": 32, "BI": 64, "BR": 16, "BO": 64}
+    most = 32 if dtype == torch.float64 else 64
+    few, many = ({"BT": bt, "BI": most, "BR": br, "BO": most} for bt, br in ((16, 16), (64, triton_segments.RANKS)))
     for scaled, add in itertools.product((False, True), repeat=2):
-        yield triton_segments._segments, {"SCALED": scaled, "ADD": add, **tiles}
-    yield triton_index._shrink, {"PART": 1024, "WIDE": wide, "BI": 128, "BR": 16}
-    yield triton_index._expand, {"ADD": True, "WIDE": wide, "BO": 64, "BR": 16}
-    kinds = {"KIND": TYPES[dtype], "FACTORS": TYPES[dtype], "SCALES": TYPES[dtype], "WIDE": wide}
-    yield triton_rebuild._rebuild, {**kinds, "COUNT": triton_rebuild.COLUMNS, "TILE": triton_rebuild.TILE, "BR": 32}
+        yield triton_segments._segments, {"SCALED": scaled, "ADD": add, "WIDE": wide, "UPCAST": False, **few}
+    yield triton_segments._segments, {"SCALED": True, "ADD": True, "WIDE": wide, "UPCAST": False, **many}
+    for tokens, rank in ((1, 16), (64, 64), (64, 256)):
+        part, bo = triton_index.sizes(tokens, 2, 4096, 4096, rank)
+        yield triton_index._shrink, {"PART": part, "WIDE": wide, "BI": min(part, 4096 // rank), "BR": rank}
+        yield triton_index._expand, {"ADD": True, "WIDE": wide, "BO": bo, "BR": rank, "BP": min(4096 // part, 16)}
+    kinds = {"KIND": TYPES[dtype], "DOWN": TYPES[dtype], "UP": TYPES[dtype], "WIDE": wide}
+    kinds |= {"PRECISION": triton_rebuild.precision(torch.promote_types(dtype, torch.float32)),
+              "COUNT": triton_rebuild.COLUMNS, "ROWS": triton_rebuild.ROWS, "WIDTH": triton_rebuild.WIDTH,
+              "BR": triton_rebuild.RANKS}  # fmt: skip
+    for even in (False, True):
+        yield triton_rebuild._rebuild, {**kinds, "EVEN": even}
 
 
-def signature(kernel, constants, dtype):
-    found = {}
-    for name in kernel.arg_names:
+def source(kernel, constants, dtype, aligned):
+    """aligned: as Triton specialises a launch on contiguous tensors of even sizes."""
+    found, given, hints = {}, dict(constants), {}
+    for place, name in enumerate(kernel.arg_names):
         if name in constants:
             found[name] = "constexpr"
-        elif name == "h":
+            continue
+        if aligned and name in ("y_o", "x_i", "d_i", "u_o"):
+            found[name], given[name] = "constexpr", 1
+            continue
+        if name == "h" or (name == "scale" and kernel is triton_rebuild._rebuild):
             found[name] = "*fp64" if dtype == torch.float64 else "*fp32"
         elif name in FLOATS:
             found[name] = f"*{NAMES[dtype]}"
-        elif name in ("index", "table", "layer_of"):
+        elif name in ("index", "table"):
             found[name] = "*i64"
+        elif name == "layer_of":
+            found[name] = "*i32"
         else:
             found[name] = "fp32" if name == "alpha" else "i32"
-    return found
+        if aligned and name != "alpha":
+            hints[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, found, constexprs=given, attrs=hints)
 
 
 def main():
-    done = 0
-    for architecture, dtype in itertools.product((80, 90), NAMES):
+    done, shared = 0, {}
+    for architecture, dtype, aligned in itertools.product(SHARED, NAMES, (False, True)):
         for kernel, constants in kernels(dtype):
-            source = ASTSource(kernel, signature(kernel, constants, dtype), constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-            assert len(compiled.asm["cubin"]) > 1000, (kernel, dtype, architecture)
+            compiled = triton.compile(
+                source(kernel, constants, dtype, aligned), target=GPUTarget("cuda", architecture, 32)
+            )
+            which = kernel.__name__, NAMES[dtype], architecture
+            assert len(compiled.asm["cubin"]) > 1000, (which, constants)
+            assert compiled.metadata.shared <= SHARED[architecture], (which, constants, compiled.metadata.shared)
+            shared[which] = max(shared.get(which, 0), compiled.metadata.shared)
             done += 1
-    print(f"{done} compiled")
+    for which, size in shared.items():
+        print(*which, size, "bytes of shared memory at most")
+    print(f"{done} compiled with Triton {triton.__version__}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """MoLE on the embedded world (arXiv 2404.13628): gates against the best Merge of a grid on the test split, k = 2 to 5.
 
-    python -m multilora.lab.reproduce.mole JOURNAL [--work FOLDER] [--k 2,3,4,5] [--sets N] [--pictures 200] [--table]
+    python -m multilora.lab.reproduce.mole JOURNAL [--work FOLDER] [--k 2,3,4,5] [--sets 6] [--pictures 204] [--table]
+    python -m multilora.lab.reproduce.mole JOURNAL --part 1 --parts 2 [--device cuda --batch 34]     # one of two jobs
 
 For every set of test-split LoRAs a gate is trained in each of the ways of GATES, from scenes that no held-out prompt
 says, and kept in the work folder. Then pictures of the report's held-out prompts and seeds are drawn in every way and
 read by recogniser B, which no training sees: the LoRAs' elements, the generic elements that the prompt names as well
 (the paper's motivation: does the base's own prompt following suffer?), and the CLIP score. One line of the journal per
-finished piece: run again to go on. benchmarks/weigh_pictures.py draws the same prompts and seeds for LoRAHub and
-learned weights; its journal's cells stand in the same table with --also. `multilora reproduce mole` draws the first
-SETS sets of each k and the first EACH pictures of each.
+finished piece: run again to go on. benchmarks/weigh_pictures.py adds LoRAHub and learned weights, with the same
+prompts and seeds, to the same journal. `multilora reproduce mole` draws SETS sets of each k, in which LoRAs come
+evenly, and the first EACH pictures of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
 from multilora.lab.world.loras import pictures
 from multilora.lab.world.render import render
-from multilora.lab.world.report import Journal, composed_scene, requested, sets
+from multilora.lab.world.report import Journal, composed_scene, even_sets, requested
 from multilora.lab.world.scene import Scene, sample_scene
 from multilora.lab.world.tables import share, table
 from multilora.method import resolve, unknown
@@ -53,7 +54,7 @@ GATES: Mapping[str, tuple[bool, dict[str, Any]]] = {
 WAYS = ("paper: row sums to 1", "no balance", "row sums to k")  # those that the claims are about
 PAPER = f"mole, {WAYS[0]}"
 BASE, FULL, SHARED = "no LoRA, prompt only", "merge, weight 1", "merge, weight 1/k"
-SETS, EACH = 4, 8
+SETS, EACH = 6, 8
 SETTINGS = {"per": "layer", "steps": 150, "draws": 4, "lr": 3e-4, "checkpoint_every": 50}
 
 
@@ -83,14 +84,19 @@ def draw_references(chosen: Sequence[str], folder: Path, count: int = REFERENCES
 class Bench:
     """The embedded base with its LoRAs, its eyes and what was measured; work: trained gates and reference pictures."""
 
-    def __init__(self, journal: Path, work: Path, *, steps: int = STEPS, train_steps: int = SETTINGS["steps"]) -> None:
+    def __init__(
+        self, journal: Path, work: Path, *, steps: int = STEPS, train_steps: int = SETTINGS["steps"],
+        device: str = "cpu", batch: int = CHUNK, recogniser: str = "b",
+    ) -> None:  # fmt: skip
         from multilora.lab.score.clip import load_clip
         from multilora.lab.score.presence import load_recogniser
 
-        self.pipe = load_pipeline("embedded", device="cpu")
+        self.pipe = load_pipeline("embedded", device=device)
         self.pipe.set_progress_bar_config(disable=True)
         self.journal, self.work, self.steps, self.train_steps = Journal(journal), work, steps, train_steps
-        self.eyes, self.clip = load_recogniser("b"), load_clip("embedded")
+        self.batch = batch - batch % CHUNK or CHUNK
+        self.eyes, self.clip = load_recogniser(recogniser), load_clip("embedded", device)
+        self.eyes.net.to(device)
         self._loras: dict[str, Any] = {}
 
     def lora(self, name: str) -> Any:
@@ -110,36 +116,50 @@ class Bench:
                   prompts=None if from_references else own_captions(chosen), **settings)  # fmt: skip
         return path
 
+    def left(self, name: str, chosen: Sequence[str], count: int, setting: str = "") -> list[range]:
+        """The pictures of a cell that the journal does not hold, CHUNK to a line."""
+        parts = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+        return [part for part in parts if self._key(name, chosen, part, setting) not in self.journal]
+
+    def _key(self, name: str, chosen: Sequence[str], part: range, setting: str) -> str:
+        return f"picture/{name}/{'+'.join(chosen)}/{part.start}+{len(part)}/{self.steps}/{setting}"
+
     def cell(
-        self, name: str, chosen: Sequence[str], count: int, method: Any, weight: float, used: Sequence[str]
-    ) -> None:
-        """Pictures 0 .. count - 1 of a set drawn in one way, of the LoRAs `used`, each at `weight`."""
-        loras = [self.lora(n) for n in used] if weight else []
+        self, name: str, chosen: Sequence[str], count: int, loras: Sequence[Any], weights: Sequence[float],
+        method: Any = "merge", setting: str = "",
+    ) -> None:  # fmt: skip
+        """Pictures 0 .. count - 1 of a set by `loras` at `weights`: `batch` at once, CHUNK to a line of the journal.
+
+        setting: what the weights or the gate depend on, for the key
+        """
         wanted = {DESIGNS[n].category: n for n in chosen}
-        for first in range(0, count, CHUNK):
-            size = min(CHUNK, count - first)
-            key = f"picture/{name}/{'+'.join(chosen)}/{first}+{size}/{self.steps}/{self.train_steps}"
-            if key in self.journal:
-                continue
-            scenes = [composed_scene(chosen, i) for i in range(first, first + size)]
+        left = self.left(name, chosen, count, setting)
+        for at in range(0, len(left), self.batch // CHUNK):
+            now = left[at : at + self.batch // CHUNK]
+            indices = [i for part in now for i in part]
+            scenes = [composed_scene(chosen, i) for i in indices]
             texts = [caption(scene, 1) for scene in scenes]
-            watched, runs = traced(method)
-            images = pictures(self.pipe, texts, range(first, first + size), loras, watched, steps=self.steps,
-                              weights=[weight] * len(loras))  # fmt: skip
-            seen = self.eyes.labels(images)
-            each = {n: sum(one[head] == n for one in seen) for head, n in wanted.items()}
-            generic = [
-                one[head] == label
-                for scene, text, one in zip(scenes, texts, seen, strict=True)
-                for head, label in requested(scene, text).items()
-                if head.split("_")[0] not in wanted
-            ]
-            self.journal.add(
-                key, cell=name, k=len(chosen), set=list(chosen), elements=each, found=sum(each.values()),
-                asked=len(chosen) * size, pictures=size, generic=[sum(generic), len(generic)],
-                complete=sum(all(one[head] == n for head, n in wanted.items()) for one in seen),
-                clip=[round(s, 3) for s in self.clip.score(images, texts)], shares=shares_of(runs),
-            )  # fmt: skip
+            watched, runs = traced(resolve("route", method))
+            images = pictures(self.pipe, texts, indices, loras, watched, steps=self.steps, weights=list(weights))
+            shares, rows = shares_of(runs), [len(step.passes) for run in runs for step in run]
+            read = list(zip(scenes, texts, self.eyes.labels(images), self.clip.score(images, texts), strict=True))
+            for part in now:
+                mine, read = read[: len(part)], read[len(part) :]
+                seen = [labels for _, _, labels, _ in mine]
+                each = {n: sum(one[head] == n for one in seen) for head, n in wanted.items()}
+                generic = [
+                    one[head] == label
+                    for scene, text, one, _ in mine
+                    for head, label in requested(scene, text).items()
+                    if head.split("_")[0] not in wanted
+                ]
+                self.journal.add(
+                    self._key(name, chosen, part, setting), cell=name, k=len(chosen), set=list(chosen),
+                    elements=each, found=sum(each.values()), asked=len(chosen) * len(part), pictures=len(part),
+                    complete=sum(all(one[head] == n for head, n in wanted.items()) for one in seen),
+                    generic=[sum(generic), len(generic)], clip=[round(score, 3) for *_, score in mine],
+                    shares=shares, rows=round(sum(rows) / len(rows), 3) if rows else 1.0,
+                )  # fmt: skip
 
 
 def own_captions(chosen: Sequence[str], count: int = 8) -> list[list[str]]:
@@ -156,24 +176,24 @@ def shares_of(runs: Sequence[Any]) -> list[float] | None:
 
 def measure_set(bench: Bench, chosen: Sequence[str], count: int, ways: Sequence[str]) -> None:
     """Every cell of one set; what the journal holds is not measured again."""
-    merge, k = resolve("route", "merge"), len(chosen)
-    bench.cell(BASE, chosen, count, merge, 0.0, chosen)
+    k, loras = len(chosen), [bench.lora(name) for name in chosen]
+    bench.cell(BASE, chosen, count, [], [])
     for weight in GRID:
-        bench.cell(f"merge, weight {weight:g}", chosen, count, merge, weight, chosen)
-    bench.cell(SHARED, chosen, count, merge, 1 / k, chosen)
-    for way in ways:
-        mole = resolve("route", "mole", gate=str(bench.gate(chosen, way)))
-        bench.cell(f"mole, {way}", chosen, count, mole, 1.0, chosen)
-    for i, name in enumerate(chosen[:1] if k < 3 else chosen[:2]):
-        mole = resolve("route", "mole", gate=str(bench.gate(chosen, ways[-1])))
-        rest = [n for n in chosen if n != name]
-        bench.cell(f"mole, {ways[-1]}, LoRA {i + 1} masked out", chosen, count, mole, 1.0, rest)
+        bench.cell(f"merge, weight {weight:g}", chosen, count, loras, [weight] * k)
+    bench.cell(SHARED, chosen, count, loras, [1 / k] * k)
+    gated = [(f"mole, {way}", way, loras) for way in ways]
+    for i in range(1 if k < 3 else 2):
+        gated.append((f"mole, {ways[-1]}, LoRA {i + 1} masked out", ways[-1], loras[:i] + loras[i + 1 :]))
+    for name, way, used in gated:
+        if bench.left(name, chosen, count, str(bench.train_steps)):
+            mole = resolve("route", "mole", gate=str(bench.gate(chosen, way)))
+            bench.cell(name, chosen, count, used, [1.0] * len(used), mole, str(bench.train_steps))
     print(f"{'+'.join(chosen)}: done", flush=True)
 
 
-def tables(journal: Journal, also: Sequence[Journal] = ()) -> str:
+def tables(journal: Journal) -> str:
     """The results as Markdown, k by k."""
-    entries = [e for one in (journal, *also) for e in one.of("picture")]
+    entries = journal.of("picture")
     parts = []
     for k in sorted({len(e["set"]) for e in entries}):
         here = [e for e in entries if len(e["set"]) == k]
@@ -246,7 +266,7 @@ def measure(bench: texts.Bench) -> None:
     small = bench.size.seeds == 1
     own = Bench(where(bench.journal).path, bench.work / "mole", **({"steps": 4, "train_steps": 2} if small else {}))
     for k in (2, 3) if small else (2, 3, 4, 5):
-        for chosen in sets("test", k)[: 1 if small else SETS]:
+        for chosen in even_sets("test", k, 1 if small else SETS):
             measure_set(own, chosen, CHUNK if small else EACH, WAYS)
 
 
@@ -254,7 +274,7 @@ def by_k(journal: Journal) -> dict[int, dict[str, dict[str, dict[str, Any]]]]:
     """k -> cell -> set and place -> entry."""
     found: dict[int, dict[str, dict[str, dict[str, Any]]]] = {}
     for entry in journal.of("picture"):
-        place = entry["key"].removeprefix(f"picture/{entry['cell']}/")
+        place = "/".join(entry["key"].removeprefix(f"picture/{entry['cell']}/").split("/")[:2])
         found.setdefault(len(entry["set"]), {}).setdefault(entry["cell"], {})[place] = entry
     return dict(sorted(found.items()))
 
@@ -324,9 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("mole"), help="folder of gates and reference pictures")
     parser.add_argument("--k", default="2,3,4,5")
     parser.add_argument("--ways", default=",".join(GATES), help=f"of {', '.join(GATES)}")
-    parser.add_argument("--also", type=Path, action="append", default=[], help="journal of weigh_pictures.py")
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
-    for name, default in (("sets", 100), ("pictures", 200), ("steps", STEPS), ("train-steps", SETTINGS["steps"])):
+    parser.add_argument("--device", default="cpu")
+    for name, default in (("sets", SETS), ("pictures", 204), ("steps", STEPS), ("train-steps", SETTINGS["steps"]),
+                          ("batch", CHUNK), ("part", 1), ("parts", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(arguments)
     ways = [way.strip() for way in args.ways.split(",")]
@@ -334,12 +355,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if way not in GATES:
             raise unknown("way to train a gate", way, GATES)
     if not args.table:
-        bench = Bench(args.journal, args.work, steps=args.steps, train_steps=args.train_steps)
-        for k in map(int, args.k.split(",")):
-            found = sets("test", k)[: args.sets]
-            for chosen in found:
-                measure_set(bench, chosen, min(MOST, -(-args.pictures // len(found))), ways)
-    print(tables(Journal(args.journal), [Journal(path) for path in args.also]))
+        bench = Bench(args.journal, args.work, steps=args.steps, train_steps=args.train_steps, device=args.device,
+                      batch=args.batch)  # fmt: skip
+        for chosen, count in shared_out(map(int, args.k.split(",")), args):
+            measure_set(bench, chosen, count, ways)
+    print(tables(Journal(args.journal)))
+
+
+def shared_out(
+    ks: Iterable[int], args: argparse.Namespace, split: str = "test"
+) -> list[tuple[tuple[str, ...], int]]:  # fmt: skip
+    """(set, pictures of it) for one of several processes: args has sets, pictures, part and parts."""
+    found = []
+    for k in ks:
+        chosen = even_sets(split, k, args.sets)
+        found += [(one, min(MOST, -(-args.pictures // len(chosen)))) for one in chosen]
+    return found[args.part - 1 :: args.parts]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -73,6 +74,16 @@ def sets(split: str, k: int) -> list[tuple[str, ...]]:
         if "character" in categories and len(set(categories)) == k:
             found.append(chosen)
     return found
+
+
+def even_sets(split: str, k: int, count: int) -> list[tuple[str, ...]]:
+    """`count` of the sets, or all there are, in which every LoRA comes about equally often."""
+    left, chosen, uses = sets(split, k), [], Counter()
+    for _ in range(min(count, len(left))):
+        chosen.append(min(left, key=lambda one: sorted((uses[name] for name in one), reverse=True)))
+        left.remove(chosen[-1])
+        uses.update(chosen[-1])
+    return chosen
 
 
 def composed_scene(chosen: Sequence[str], index: int) -> Scene:
