@@ -8,7 +8,7 @@ the exact method, and by its stale form; the ratio is
     ||stale - exact|| / ||exact - base||         of the final latents.
 
 What is in the journal is not drawn again: stop it and go on at any time. The table of all that is there is written to
-benchmarks/stale.md after each prompt. --tune draws a grid of settings on the train split.
+benchmarks/stale.md after each prompt; --prompts 0 only writes it. --tune draws a grid of settings on the train split.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def write(journal: Journal) -> None:
         "`merge` is measured against the sum of differences: what one run a step is without reuse.\n",
     ]
     for part, title in (("test", "LoRAs of the test split, default settings"), ("train", "LoRAs of the train split"),
-                        ("tune", "Settings, on the train split"),
-                        ("earlier", "Before commit 8270ee8, the base in every step of two rows: test split"),
-                        ("earlier_train", "Before commit 8270ee8: train split")):  # fmt: skip
+                        ("tune", "Settings, on the train split")):  # fmt: skip
         entries = journal.of(part)
         if entries:
             text += [f"## {title}\n", *table(entries), ""]
@@ -144,7 +142,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=["DPM++", "Euler"])
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 1], help="1 also draws merge, to compare")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--journal", type=Path, default=ROOT / "out" / "stale.jsonl")
+    parser.add_argument("--journal", type=Path, default=ROOT / "docs" / "world" / "stale.jsonl")
     asked = parser.parse_args()
     journal = Journal(asked.journal)
     pipe = Composer.from_pretrained("embedded", device="cpu").pipe
@@ -157,8 +155,9 @@ def main() -> None:
     for index, (prompt, chosen) in enumerate(prompts(split, asked.prompts)):
         for name in asked.samplers:
             measure(pipe, journal, "tune" if asked.tune else split, prompt, chosen, SEED + index, name, runs)
-            write(journal)
+        write(journal)
         print(f"{index + 1} of {asked.prompts}: {prompt}", flush=True)
+    write(journal)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/weigh_pictures.py JOURNAL [--k 2,3,4,5] [--sets 6] [--pictures 204] [--budget 40] [--table]
     python benchmarks/weigh_pictures.py JOURNAL --part 1 --parts 2 [--device cuda --batch 34]    # one of two processes
 
-`--table > benchmarks/weigh_pictures.md` writes what is kept in docs/world/mole.jsonl, the journal of
-multilora.lab.reproduce.mole, whose sets, prompts, seeds and cells of the grid these are.
+`--table > benchmarks/weigh_pictures.md` writes what is kept in docs/world/weigh_pictures.jsonl. Sets, prompts and
+seeds are those of multilora.lab.reproduce.mole, whose table shows these beside its own.
 
 For every set of test-split LoRAs: weights by grid, LoRAHub and learning, from search prompts and seeds alone (CLIP and
 recogniser A; learned: each LoRA's own predictions). Then pictures of the report's held-out prompts and seeds, which no
@@ -120,9 +120,9 @@ def table(journal):
             found, asked, complete, count = (sum(e[f] for e in entries)
                                              for f in ("found", "asked", "complete", "pictures"))  # fmt: skip
             a, b = interval(found, asked), interval(complete, count)
-            clip = [score for e in entries for score in e["clip"]]
+            clip = [score for e in entries for score in e.get("clip", ())]
             print(f"| {name} | {count} | {found / asked:.2f} ({a[0]:.2f} to {a[1]:.2f}) | {complete / count:.2f} "
-                  f"({b[0]:.2f} to {b[1]:.2f}) | {sum(clip) / len(clip):.1f} |")  # fmt: skip
+                  f"({b[0]:.2f} to {b[1]:.2f}) | {f'{sum(clip) / len(clip):.1f}' if clip else ''} |")  # fmt: skip
         against(cells, (HUB, FREE), GRID_CHOSEN)
         if best:
             against(cells, (HUB,), best)

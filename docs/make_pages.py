@@ -127,6 +127,17 @@ def verdicts(*names: str) -> str:
     return "\n\n".join(told)
 
 
+def verdict_on_pictures(name: str, anchor: str) -> str:
+    """As `verdicts` of an experiment whose section is in docs/reproduction.md."""
+    from multilora.lab.reproduce.page import experiment
+    from multilora.lab.world.report import Journal
+
+    one = experiment(name)
+    holds, why = one.verdict(one.where(Journal(ROOT / "docs" / "text" / "report.jsonl")))
+    said = "Holds here" if holds else "Does not hold here"
+    return f"[{one.title}](../reproduction.md#{anchor}). The claim: {one.claim}.\n\n**{said}.** {why[0].upper()}{why[1:]}."
+
+
 def leaderboard() -> str:
     """Elements seen and complete pictures by method and k, best first."""
     found = evaluated() if (KEPT / "cells.csv").is_file() else reported()
@@ -217,6 +228,7 @@ BLOCKS = {
     "few_shot": partial(verdicts, "few_shot"),
     "lorahub": partial(verdicts, "lorahub_text"),
     "lorahub_pictures": weights_of_pictures,
+    "mole": partial(verdict_on_pictures, "mole", "7-mole"),
     "loramoe": partial(verdicts, "loramoe"),
     "lora_switch": partial(verdicts, "token_switch"),
     "fisher": partial(verdicts, "fisher_text"),

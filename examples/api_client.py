@@ -31,8 +31,12 @@ def run(url: str, out: Path, steps: int | None = None) -> dict[str, Path]:
 
     references = [fox["reference"], poncho["reference"]]
     job = client.submit(references, [0.9, 0.8], "ties", {"density": 0.5}, name="fox in poncho", api_name="/merge")
-    for facts, _ in job:  # what it says on the way; the last one is the result
-        print(facts.get("state", "merged"))
+    doing = ""
+    for facts, _ in job:  # what it says on the way, "merging, layer: 3 of 104"; the last one is the result
+        state = facts.get("state", "merged")
+        if state.partition(":")[0] != doing:
+            print(state)
+        doing = state.partition(":")[0]
     facts, merged = job.result()
     print(f"rank {facts['ranks'][-1]}, {facts['energy_kept']:.1%} of the energy kept")
 

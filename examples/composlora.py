@@ -21,6 +21,7 @@ that are the authors' to give: add them with --prompt "WORDS, {triggers}" and --
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from multilora.cli import main
@@ -61,7 +62,10 @@ if __name__ == "__main__":
     reader.add_argument("folder", type=Path)
     reader.add_argument("style", choices=("anime", "reality"))
     given, rest = reader.parse_known_args()
-    arguments = words(given.folder, given.style, rest)
+    try:
+        arguments = words(given.folder, given.style, rest)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
     if given.style == "reality" and "--dry-run" not in rest:
         prepare(given.folder)
     main(arguments)

@@ -1,6 +1,6 @@
 """The app's MCP tools, called as an assistant would: list tools, merge two LoRAs, ask the language model.
 
-pip install "multilora[mcp]"
+pip install -e '.[mcp]'    # in the checkout
 multilora app --mcp --port 7860 &
 python examples/mcp_client.py http://127.0.0.1:7860
 """

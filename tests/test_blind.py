@@ -109,12 +109,45 @@ def test_agreement_is_counted_by_hand(tmp_path):
         ({"1": {"character": "heto", "object": "none"}}, "picture 1, character is 'heto', wanted one of gorm"),
         ({"1": {"character": "pandu", "Object": "heto"}}, "picture 1, categories: unknown Object; missing object"),
         ({"1": {}}, "picture 1, categories: missing character, object"),
+        ({"1": ["pandu"]}, r"picture 1 is \['pandu'\], wanted {category: name}"),
+        ({"1": {"character": ["pandu"], "object": "none"}}, r"picture 1, character is \['pandu'\], wanted one"),
     ],
 )
 def test_answers_that_do_not_fit_the_pages_are_refused(tmp_path, change, words):
     answers = {n: labels for n, labels in {**ANSWERS, **change}.items() if labels is not None}
     with pytest.raises(ValueError, match=words):
         counted(tmp_path, SEALED, answers)
+
+
+def test_a_lora_from_elsewhere_is_refused(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    drawn(tmp_path, "merge", ("pandu", "fox"), 0, render(composed_scene(SETS[0], 0)))
+    with pytest.raises(ValueError, match="fox: no LoRAs of the embedded world"):
+        blind.pages(tmp_path, tmp_path / "out")
+
+
+def test_the_command_counts_and_says_plainly_what_is_wrong(tmp_path, capsys):
+    counted(tmp_path, SEALED, ANSWERS)
+    words = ["count", str(tmp_path), str(tmp_path / "answers.json")]
+    assert blind.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 4
+    for content, said in (("[]", "a list, wanted {number: {category: name}}"), ("{", "no JSON"), ("{}", "missing 1")):
+        (tmp_path / "answers.json").write_text(content)
+        assert blind.main(words) == 2
+        assert said in capsys.readouterr().err
+    assert blind.main(["count", str(tmp_path / "nowhere"), str(tmp_path / "answers.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert blind.main(["pages", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "no scene is drawn by all methods" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["pages"], 2), (["count", "a"], 2), (["--help"], 0)])
+def test_arguments_of_the_command_are_explained(words, code, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        blind.main(words)
+    said = capsys.readouterr()
+    assert exit_.value.code == code
+    assert "usage: python -m multilora.lab.evaluate.blind" in said.out + said.err
 
 
 def test_a_folder_without_a_whole_scene_is_refused(tmp_path):

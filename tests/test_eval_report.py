@@ -70,7 +70,11 @@ def test_wilsons_interval():
 def test_where_all_pictures_agree_the_interval_is_not_a_point():
     assert statistics.mean([1.0] * 20) == statistics.share(20, 20)
     assert statistics.mean([0.0] * 20).high > 0.1
-    assert statistics.mean([0.5] * 20).low == 0.5
+    half = statistics.mean([0.5] * 2)
+    assert (half.value, half.n) == (0.5, 2)
+    assert half.low < 0.2
+    assert half.high > 0.8
+    assert statistics.mean([7.5] * 20).low == 7.5
     assert math.isnan(statistics.mean([]).value)
     assert statistics.mean([]).n == 0
 

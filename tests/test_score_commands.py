@@ -40,6 +40,16 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
+def test_sheets_beside_pictures_are_left_out_of_a_folder(folder, capsys):
+    pictures = folder / "pictures"
+    Image.new("RGB", (24, 16)).save(pictures / "sheet_a-fox_1234.png")
+    status, out, err = call(capsys, "score", str(pictures), "--json")
+    assert status == 0, err
+    assert "left out, pictures of pictures: sheet_a-fox_1234.png" in err
+    assert "sheet_" not in out
+    assert out.count("composite") >= 4
+
+
 def test_methods_are_named_by_what_they_differ_in():
     few = {
         "a": recipe("switch", options={"every": 5}),
@@ -251,7 +261,7 @@ def test_the_guides_commands_have_the_options_that_they_use(folder, capsys, monk
     (folder / "references" / "character").mkdir(parents=True)
     lines = [line.partition("#")[0] for b in re.findall(r"```bash\n(.*?)```", GUIDE, re.S) for line in b.splitlines()]
     assert len(lines) == 8
-    instead = {"out/evaluation": str(folder), "localhost:8000": "127.0.0.1:9", "ViT-B/32": "embedded"}
+    instead = {"judge evaluation": f"judge {folder}", "localhost:8000": "127.0.0.1:9", "ViT-B/32": "embedded"}
     for line in lines:
         for theirs, ours in instead.items():
             line = line.replace(theirs, ours)

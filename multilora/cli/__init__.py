@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -88,12 +89,26 @@ def _top(
 
 _traceback = False
 
+# Loggers of other packages that speak on import, or of the embedded base's small decoder, and not of what was asked.
+_BESIDE_THE_POINT = ("torch.utils._pytree", "diffusers.quantizers.torchao", "bitsandbytes.backends.cpu.ops")
+
+
+def _quiet() -> None:
+    for name in _BESIDE_THE_POINT:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_not_about_the_decoder)
+
+
+def _not_about_the_decoder(record: logging.LogRecord) -> bool:
+    return "got <class 'diffusers.models.autoencoders.autoencoder_tiny" not in record.getMessage()
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always raises SystemExit. Status 0: done, 1: it failed, 2: bad arguments, 130: stopped.
 
     Errors that say what the user can do are printed as one message; --traceback shows where they came from.
     """
+    _quiet()
     try:
         with warnings_as_notes():
             app(args=None if arguments is None else list(arguments))

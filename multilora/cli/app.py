@@ -69,6 +69,7 @@ def app(
     if not LOGGER.handlers:
         LOGGER.addHandler(logging.StreamHandler())
         LOGGER.setLevel(logging.INFO)
+        LOGGER.propagate = False  # the MCP server sets up the root logger, which would say all of it again
     signal.signal(signal.SIGTERM, _interrupt)
     service = Service(
         base or ["embedded"],

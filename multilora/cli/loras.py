@@ -1,4 +1,4 @@
-"""`multilora loras`: the embedded library."""
+"""`multilora loras`: the embedded libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from multilora.cli.console import print_json, print_table
+from multilora.cli.console import note, print_json, print_table
 
 
 def loras(
@@ -15,7 +15,7 @@ def loras(
 ) -> None:
     """List the embedded LoRAs: name, category, trigger (write it in the prompt), what they show."""
     from multilora.method import unknown
-    from multilora.pipelines.load import library
+    from multilora.pipelines.load import assets, library
 
     entries = list(library().values())
     known = {e["category"] for e in entries}
@@ -28,3 +28,6 @@ def loras(
         return
     rows = [(e["name"], e["category"], e["trigger"], e.get("description", "")) for e in entries]
     print_table(("name", "category", "trigger", "what it shows"), sorted(rows, key=lambda r: (r[1], r[0])))
+    if category is None:
+        texts = sorted(folder.name for folder in (assets() / "text" / "loras").iterdir() if folder.is_dir())
+        note(f"of the language model: {', '.join(texts)} (assets/text/README.md)")

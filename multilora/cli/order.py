@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -190,21 +189,12 @@ def again(
 
 
 def quiet() -> None:
-    """No progress bars for reading files that are here already; those of downloads stay. No notices of other packages
-    that are not about this picture: torchao's on import, diffusers' about the embedded base's small decoder."""
-    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
+    """No progress bars for reading files that are here already; those of downloads stay."""
     import diffusers
     import transformers
 
-    diffusers.utils.logging.get_logger("diffusers.pipelines.pipeline_utils").addFilter(_not_about_the_decoder)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _not_about_the_decoder(record: logging.LogRecord) -> bool:
-    return "got <class 'diffusers.models.autoencoders.autoencoder_tiny" not in record.getMessage()
 
 
 def _changed(recipe: Recipe, changes: dict[str, Any], method: str | None, options: list[str]) -> Recipe:

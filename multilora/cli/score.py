@@ -13,6 +13,7 @@ from multilora.cli.console import note, print_json, print_table
 from multilora.method import unknown
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SHEETS = ("sheet_*.png", "gallery.png", "designs.png")  # what `compose` and `world draw` write beside pictures
 
 
 def score(
@@ -119,7 +120,10 @@ def _found(given: list[Path]) -> list[Path]:
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path}: no pictures in it, wanted {', '.join(SUFFIXES)}")
-        paths += inside
+        sheets = [p for p in inside if path.is_dir() and any(p.match(name) for name in SHEETS)]
+        if sheets:
+            note(f"left out, pictures of pictures: {', '.join(p.name for p in sheets)}")
+        paths += [p for p in inside if p not in sheets]
     return paths
 
 

@@ -4,17 +4,21 @@
     python -m multilora.lab.evaluate.blind count OUT ANSWERS.json        what the reviewer and B make of them
 
 Every method draws the same scenes, so methods are compared on equal terms. The reviewer gets the pages and the legend,
-and writes {number: {category: name in the legend, or "none"}} with all numbers and categories. Of the embedded world
-only: B knows its LoRAs.
+and writes {number: {category: name in the legend, or "none"}} with all numbers and categories, as JSON:
+
+    {"1": {"character": "zib", "garment": "none"}, "2": {"character": "none", "garment": "merlo"}}
+
+Of the embedded world only: B knows its LoRAs.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +65,14 @@ def chosen(folder: str | Path, count: int, seed: int = 0) -> list[tuple[Path, Re
 
 
 def pages(folder: str | Path, out: str | Path, count: int = 200) -> int:
-    """Draw the pages and the legend, seal what was asked and what B sees. Returns the number of pictures."""
+    """Draw the pages and the legend, seal what was asked and what B sees. Returns the number of pictures.
+
+    Raises ValueError as `chosen` does, and for a LoRA that is not of the embedded world.
+    """
     found, known, out = chosen(folder, count), library(), Path(out)
+    strange = sorted({use.name for _, recipe, _ in found for use in recipe.loras} - set(known))
+    if strange:
+        raise ValueError(f"{folder}: {', '.join(strange[:5])}: no LoRAs of the embedded world, whose recogniser reads")
     out.mkdir(parents=True, exist_ok=True)
     images = [Image.open(path).convert("RGB") for path, *_ in found]
     wanted = [{known[use.name]["category"]: use.name for use in recipe.loras} for _, recipe, _ in found]
@@ -97,10 +107,10 @@ def count(sealed: str | Path, answers: str | Path) -> dict[str, Any]:
     tau         Kendall's tau-b of the methods' order by the one and by the other, [value, low, high], 95% by a
                 bootstrap over the scenes
 
-    Raises ValueError where the answers have not all pictures and categories and no others, or a name is not the
-    legend's of its category.
+    Raises ValueError where a file is no JSON, the answers have not all pictures and categories and no others, or a
+    name is not the legend's of its category.
     """
-    asked, told = json.loads(Path(sealed).read_text()), json.loads(Path(answers).read_text())
+    asked, told = _read(sealed), _read(answers)
     names: dict[str, set[str]] = {}
     for each in asked.values():
         for category, name in each["asked"].items():
@@ -109,9 +119,11 @@ def count(sealed: str | Path, answers: str | Path) -> dict[str, Any]:
     categories = {category: [0, 0, 0, 0] for category in names}
     scenes: dict[str, dict[str, list[int]]] = {}
     for number, labels in told.items():
+        if not isinstance(labels, dict):
+            raise ValueError(f"{answers}: picture {number} is {labels!r:.60}, wanted {{category: name}}")
         _same(f"{answers}: picture {number}, categories", labels, names)
         for category, name in labels.items():
-            if name not in names[category]:
+            if not isinstance(name, str) or name not in names[category]:
                 wanted = ", ".join(sorted(names[category]))
                 raise ValueError(f"{answers}: picture {number}, {category} is {name!r}, wanted one of {wanted}")
         line = scenes.setdefault(asked[number]["prompt"], {}).setdefault(asked[number]["method"], [0, 0, 0])
@@ -130,6 +142,16 @@ def count(sealed: str | Path, answers: str | Path) -> dict[str, Any]:
     return {"pictures": len(told), "elements": total, "agreement": [agreement.value, agreement.low, agreement.high],
             "kappa": (agreement.value - by_chance) / (1 - by_chance) if by_chance < 1 else 1.0,
             "categories": categories, "methods": methods, "tau": [_tau(methods), taus[25], taus[974]]}  # fmt: skip
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a {type(found).__name__}, wanted {{number: {{category: name}}}}")
+    return found
 
 
 def _same(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
@@ -156,15 +178,32 @@ def _tau(methods: dict[str, list[int]]) -> float:
     return 0.0 if math.isnan(found) else found  # one of the two finds all methods equal
 
 
-def main(what: str, *given: str) -> None:
-    """`pages` or `count`, as the head of this file says."""
-    if what == "pages":
-        folder, out, *number = given
-        print(f"{pages(folder, out, *map(int, number))} pictures in {out}")
-    else:
-        out, answers = given
-        print(json.dumps(count(Path(out) / "sealed.json", answers), indent=1))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`pages` or `count`, as the head of this file says. Returns the exit code."""
+    reader = argparse.ArgumentParser(
+        prog="python -m multilora.lab.evaluate.blind",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks = reader.add_subparsers(dest="task", required=True, metavar="pages|count")
+    draw = tasks.add_parser("pages", help="numbered pages, a legend, OUT/sealed.json")
+    draw.add_argument("folder", metavar="DIR", type=Path, help="of an evaluation")
+    draw.add_argument("out", metavar="OUT", type=Path)
+    draw.add_argument("pictures", metavar="PICTURES", type=int, nargs="?", default=200, help="about so many, 200")
+    reading = tasks.add_parser("count", help="what the reviewer and B make of the pictures")
+    reading.add_argument("out", metavar="OUT", type=Path, help="that of pages")
+    reading.add_argument("answers", metavar="ANSWERS.json", type=Path)
+    given = reader.parse_args(arguments)
+    try:
+        if given.task == "pages":
+            print(f"{pages(given.folder, given.out, given.pictures)} pictures in {given.out}")
+        else:
+            print(json.dumps(count(given.out / "sealed.json", given.answers), indent=1))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from multilora.lab.evaluate.evaluation import Results, Wanted
-from multilora.lab.evaluate.statistics import Interval
+from multilora.lab.evaluate.statistics import FEW, Interval
 
 SCALE = 1000  # KID is small; it is told in thousandths, as elsewhere
 RENDERS = "real renders of other scenes"  # the floor: what the distance is of pictures that are perfect
@@ -65,13 +65,13 @@ def quality(results: Results) -> list[dict[str, Any]]:
     for k in plan.ks:
         here = results.of(None, k)
         places = list({s.wanted.place: s.wanted for s in here}.values())
-        if len(places) < 2:
+        if len(places) < FEW:
             continue
         real = eyes.features([_render(wanted) for wanted in places])
         floor = kernel_distance(eyes.features([_render(wanted, OTHER) for wanted in places]), real)
         for arm in results.arms:
             shown = results.of(arm, k)
-            if len(shown) > 1:
+            if len(shown) >= FEW:
                 rows.append(_row(arm, k, kernel_distance(eyes.features(_opened(shown)), real)))
         rows.append(_row(RENDERS, k, floor))
     return rows

@@ -33,7 +33,7 @@ class Interval:
         return self.n >= FEW and (self.low > 0 or self.high < 0)
 
 
-def wilson(found: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(found: float, asked: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95% Wilson interval of a share. (0, 1) when nothing was asked."""
     if not asked:
         return 0.0, 1.0
@@ -43,7 +43,7 @@ def wilson(found: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def share(found: int, asked: int) -> Interval:
+def share(found: float, asked: int) -> Interval:
     """A share with its Wilson interval."""
     return Interval(found / asked if asked else math.nan, *wilson(found, asked), asked)
 
@@ -63,14 +63,14 @@ def resampled(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
 def mean(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean with its percentile bootstrap interval.
 
-    Where every value is 0, or every value 1, resampling would claim certainty: then it is the Wilson interval of n
-    pictures.
+    Where all values are one share (0, 1, a half), resampling would claim certainty: then it is the Wilson interval of
+    n pictures.
     """
     data = np.asarray(values, dtype=np.float64)
     if not len(data):
         return Interval(math.nan, math.nan, math.nan, 0)
-    if (data == data[0]).all() and data[0] in (0.0, 1.0):
-        return share(round(data.sum()), len(data))
+    if (data == data[0]).all() and 0.0 <= data[0] <= 1.0:
+        return share(float(data.sum()), len(data))
     edge = (1 - LEVEL) / 2
     low, high = np.quantile(resampled(data, resamples, seed), [edge, 1 - edge])
     return Interval(float(data.mean()), float(low), float(high), len(data))

@@ -7,9 +7,9 @@ For every set of test-split LoRAs a gate is trained in each of the ways of GATES
 says, and kept in the work folder. Then pictures of the report's held-out prompts and seeds are drawn in every way and
 read by recogniser B, which no training sees: the LoRAs' elements, the generic elements that the prompt names as well
 (the paper's motivation: does the base's own prompt following suffer?), and the CLIP score. One line of the journal per
-finished piece: run again to go on. benchmarks/weigh_pictures.py adds LoRAHub and learned weights, with the same
-prompts and seeds, to the same journal. `multilora reproduce mole` draws SETS sets of each k, in which LoRAs come
-evenly, and the first EACH pictures of each.
+finished piece: run again to go on. benchmarks/weigh_pictures.py measures LoRAHub and learned weights on the same sets,
+prompts and seeds. `multilora reproduce mole` draws SETS sets of each k, in which LoRAs come evenly, and the first EACH
+pictures of each.
 """
 
 from __future__ import annotations
@@ -192,8 +192,11 @@ def measure_set(bench: Bench, chosen: Sequence[str], count: int, ways: Sequence[
 
 
 def tables(journal: Journal) -> str:
-    """The results as Markdown, k by k."""
+    """The results as Markdown, k by k; LoRAHub and learning from weigh_pictures.jsonl beside the journal."""
     entries = journal.of("picture")
+    own = {(len(e["set"]), e["cell"]) for e in entries}
+    beside = Journal(journal.path.with_name("weigh_pictures.jsonl")).of("picture")
+    entries += [e for e in beside if any(k == e["k"] for k, _ in own) and (e["k"], e["cell"]) not in own]
     parts = []
     for k in sorted({len(e["set"]) for e in entries}):
         here = [e for e in entries if len(e["set"]) == k]
