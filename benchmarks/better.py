@@ -2,17 +2,16 @@
 
     python benchmarks/better.py [--k 2 3 4 5] [--sets 6] [--pictures 120] [ARM ...]
     python benchmarks/better.py --part 1 --parts 2 [--device cuda --batch 20] --journal FILE      # one of two jobs
-    python benchmarks/better.py --table                       # of docs/world/better.jsonl, and assets/auto.json
+    python benchmarks/better.py --table                                 # of what the journal holds
 
 An arm is METHOD@WEIGHT or METHOD@WEIGHT:option=value,option=value; without arms, those of ARMS. All arms have the same
-sets, prompts and noise. What is in the journal is not drawn again. Nothing here chooses by the test split or by
-recogniser B. --table writes benchmarks/better.md, and for the method `auto` the best arm for every k and budget.
+sets, prompts and noise. What is in the journal is not drawn again; the table of all that is there is written to
+benchmarks/better.md. Nothing here may choose by the test split or by recogniser B.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from multilora.lab.evaluate.statistics import wilson
@@ -21,8 +20,7 @@ from multilora.lab.world.report import GUIDANCE, Journal
 from multilora.method import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE, AUTO = ROOT / "benchmarks" / "better.md", ROOT / "assets" / "auto.json"
-BUDGETS = (1, 2, 6)  # model runs a step: what a merge costs, what a base pass beside it costs, k + 1 of five LoRAs
+TABLE = ROOT / "benchmarks" / "better.md"
 ARMS = (
     *(f"merge@{w}" for w in (0.6, 0.8, 1, 1.2, 1.4)),
     *(f"arrow@{w}" for w in (1, 1.4, 2)),
@@ -69,22 +67,15 @@ def cells(journal: Journal) -> dict[int, dict[str, dict[str, float]]]:
     return dict(sorted(found.items()))
 
 
-def best(arms: dict[str, dict[str, float]], budget: float) -> str:
-    """The arm that shows most elements within a budget of model runs a step; of equals the cheaper one."""
-    within = {arm: c for arm, c in arms.items() if c["rows"] / c["pictures"] <= budget + 0.1}
-    return max(within, key=lambda arm: (within[arm]["found"] / within[arm]["asked"], -within[arm]["rows"]))
-
-
 def write(journal: Journal) -> None:
     lines = [
         "# Looking for better settings: train split, recogniser A\n",
-        f"Written by `python benchmarks/better.py --table`. {STEPS} steps, guidance {GUIDANCE:g}; presence of the "
+        f"Written by `python benchmarks/better.py`. {STEPS} steps, guidance {GUIDANCE:g}; presence of the "
         "requested designs with its 95% Wilson interval (designs taken as independent), pictures with all of them, "
         "model runs a step. Intervals that overlap order little.\n",
         "| k | arm | presence | all of them | runs a step | pictures |",
         "|---|---|---|---|---|---|",
     ]
-    chosen: dict[str, dict[str, dict]] = {}
     for k, arms in cells(journal).items():
         for arm, c in sorted(arms.items(), key=lambda item: -item[1]["found"] / item[1]["asked"]):
             low, high = wilson(int(c["found"]), int(c["asked"]))
@@ -92,24 +83,14 @@ def write(journal: Journal) -> None:
                 f"| {k} | {arm} | {c['found'] / c['asked']:.2f} ({low:.2f} to {high:.2f}) | "
                 f"{c['complete'] / c['pictures']:.2f} | {c['rows'] / c['pictures']:.2f} | {c['pictures']:.0f} |"
             )
-        for budget in BUDGETS:
-            arm = best(arms, budget)
-            name, weight, options = read(arm)
-            options = {key: resolve("route", name, **options).options[key] for key in options}
-            share = round(arms[arm]["found"] / arms[arm]["asked"], 3)
-            chosen.setdefault(str(k), {})[str(budget)] = {
-                "method": name, "weight": weight, "options": options, "presence": share,
-                "pictures": int(arms[arm]["pictures"]),
-            }  # fmt: skip
     TABLE.write_text("\n".join([*lines, ""]))
-    AUTO.write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", default=list(ARMS))
     parser.add_argument("--k", type=int, nargs="+", default=[2, 3, 4, 5])
-    parser.add_argument("--journal", type=Path, default=ROOT / "docs" / "world" / "better.jsonl")
+    parser.add_argument("--journal", type=Path, default=ROOT / "out" / "better.jsonl")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="write what the journal holds, measure nothing")
     for name, default in (("pictures", 120), ("sets", 6), ("batch", CHUNK), ("part", 1), ("parts", 1)):

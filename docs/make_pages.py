@@ -135,7 +135,8 @@ def verdict_on_pictures(name: str, anchor: str) -> str:
     one = experiment(name)
     holds, why = one.verdict(one.where(Journal(ROOT / "docs" / "text" / "report.jsonl")))
     said = "Holds here" if holds else "Does not hold here"
-    return f"[{one.title}](../reproduction.md#{anchor}). The claim: {one.claim}.\n\n**{said}.** {why[0].upper()}{why[1:]}."
+    where = f"../reproduction.md#{anchor}"
+    return f"[{one.title}]({where}). The claim: {one.claim}.\n\n**{said}.** For {why}."
 
 
 def leaderboard() -> str:
