@@ -1,6 +1,6 @@
 """LoRAHub and learned weights against the best Merge of a grid of weights, on the embedded world's test split.
 
-    python benchmarks/weigh_pictures.py JOURNAL [--k 2,3,4,5] [--sets 6] [--pictures 204] [--budget 40] [--table]
+    python benchmarks/weigh_pictures.py JOURNAL [--k 2,3,4,5] [--sets 6] [--pictures 200] [--budget 40] [--table]
     python benchmarks/weigh_pictures.py JOURNAL --part 1 --parts 2 [--device cuda --batch 34]    # one of two processes
 
 `--table > benchmarks/weigh_pictures.md` writes what is kept in docs/world/weigh_pictures.jsonl. Sets, prompts and
@@ -115,14 +115,19 @@ def table(journal):
             cells[f"merge, best grid weight by B ({best.rpartition(' ')[2]})"] = cells[best]
         named = ", ".join(dict.fromkeys("+".join(e["set"]) for e in kept if e["k"] == k))
         print(f"\n## k = {k}\n\n{named}.\n")
-        print("| weights | pictures | elements present, 95% | all present, 95% | CLIP score |\n|---|---|---|---|---|")
+        scored = any(e.get("clip") for entries in cells.values() for e in entries)
+        head = ["weights", "pictures", "elements present, 95%", "all present, 95%"] + ["CLIP score"] * scored
+        print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
         for name, entries in cells.items():
             found, asked, complete, count = (sum(e[f] for e in entries)
                                              for f in ("found", "asked", "complete", "pictures"))  # fmt: skip
             a, b = interval(found, asked), interval(complete, count)
-            clip = [score for e in entries for score in e.get("clip", ())]
-            print(f"| {name} | {count} | {found / asked:.2f} ({a[0]:.2f} to {a[1]:.2f}) | {complete / count:.2f} "
-                  f"({b[0]:.2f} to {b[1]:.2f}) | {f'{sum(clip) / len(clip):.1f}' if clip else ''} |")  # fmt: skip
+            row = [name, str(count), f"{found / asked:.2f} ({a[0]:.2f} to {a[1]:.2f})",
+                   f"{complete / count:.2f} ({b[0]:.2f} to {b[1]:.2f})"]  # fmt: skip
+            if scored:
+                clip = [score for e in entries for score in e.get("clip", ())]
+                row.append(f"{sum(clip) / len(clip):.1f}" if clip else "")
+            print(f"| {' | '.join(row)} |")
         against(cells, (HUB, FREE), GRID_CHOSEN)
         if best:
             against(cells, (HUB,), best)
@@ -156,7 +161,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
     parser.add_argument("--k", default="2,3,4,5")
     parser.add_argument("--device", default="cpu")
-    for name, default in (("pictures", 204), ("budget", 40), ("sets", 6), ("steps", STEPS), ("search-steps", 12),
+    for name, default in (("pictures", 200), ("budget", 40), ("sets", 6), ("steps", STEPS), ("search-steps", 12),
                           ("learn-steps", 60), ("batch", CHUNK), ("part", 1), ("parts", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()

@@ -177,7 +177,7 @@ def reviewed(found: dict) -> str:
 def weights_of_pictures() -> str:
     """The table of benchmarks/weigh_pictures.md, with its heading's words."""
     whole = (ROOT / "benchmarks" / "weigh_pictures.md").read_text(encoding="utf-8")
-    return f"On pictures: {whole.partition('weigh_pictures.py`.')[2].strip()}"
+    return f"On pictures: {whole.partition('weigh_pictures.py`.')[2].strip()}".replace("\n## ", "\n### ")
 
 
 Cell = tuple[float, float, float, float, int]  # share seen, its interval, share of complete pictures, pictures

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import shutil
+import sysconfig
 
 import torch
 from torch import Tensor
@@ -56,6 +58,20 @@ def why_not_triton(device: torch.device | None = None) -> str:
     return "" if device.type == "cuda" else f"the tensors are on {device.type}, Triton kernels run on CUDA devices"
 
 
+@functools.cache
+def why_not_unasked() -> str:
+    """Why Triton should not run before somebody asks for it, or an empty string: what it needs to build its launchers,
+    and the GPUs that the kernels were tried on."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not compiler:
+        return "no C compiler, which Triton needs"
+    if not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        return "no Python.h, which Triton needs"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "a GPU below compute capability 8.0"
+    return ""
+
+
 def chosen(implementation: str | None, operation: str, x: Tensor, has_triton: bool = True) -> str:
     """The implementation that runs an operation on x; None asks what the process asks for.
 
@@ -63,7 +79,7 @@ def chosen(implementation: str | None, operation: str, x: Tensor, has_triton: bo
     """
     name = asked() if implementation is None else implementation
     if implementation is None and operation in UNASKED and x.is_cuda and not os.environ.get(VARIABLE):
-        name = "torch" if why_not_triton(x.device) else "triton"
+        name = "torch" if why_not_triton(x.device) or why_not_unasked() else "triton"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {name!r}: wanted one of {', '.join(IMPLEMENTATIONS)}")
     if name != "triton":
@@ -87,6 +103,6 @@ def described() -> str:
     plain = "plain PyTorch runs" if name == "torch" else "the reference runs"
     if reason:
         return f"{plain}; Triton kernels cannot run: {reason}"
-    if not os.environ.get(VARIABLE):
+    if not os.environ.get(VARIABLE) and not why_not_unasked():
         plain += f", Triton {version} for {', '.join(UNASKED)}"
     return f"{plain}; {VARIABLE}=triton asks for Triton {version}"

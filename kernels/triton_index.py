@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from multilora.kernels import plain
-from multilora.kernels.triton_shared import accumulator, block
+from multilora.kernels.triton_shared import accumulator, block, on
 
 PART = 256  # width of the input that one program of the shrink takes, where few tokens must fill the GPU
 FILLED = 256  # programs: two on each multiprocessor of a large GPU, nearly
@@ -86,14 +86,15 @@ def _run(y: Tensor, x: Tensor, down: Tensor, up: Tensor, index: Tensor, weight: 
     h = torch.empty(
         parts, tokens, picks, rank, device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
     )
-    _shrink[(tokens * picks, parts)](
-        h, x, down, index, wide, rank, picks, *x.stride(), *down.stride(), *index.stride(),
-        PART=part, WIDE=kind, BI=min(part, max(4096 // br, 16)), BR=br,
-    )  # fmt: skip
-    _expand[(tokens, triton.cdiv(out, bo))](
-        y, h, up, index, weight, tokens, out, rank, picks, parts, *y.stride(), *up.stride(), *index.stride(),
-        *weight.stride(), ADD=add, WIDE=kind, BO=bo, BR=br, BP=min(triton.next_power_of_2(parts), 16),
-    )  # fmt: skip
+    with on(x.device):
+        _shrink[(tokens * picks, parts)](
+            h, x, down, index, wide, rank, picks, *x.stride(), *down.stride(), *index.stride(),
+            PART=part, WIDE=kind, BI=min(part, max(4096 // br, 16)), BR=br,
+        )  # fmt: skip
+        _expand[(tokens, triton.cdiv(out, bo))](
+            y, h, up, index, weight, tokens, out, rank, picks, parts, *y.stride(), *up.stride(), *index.stride(),
+            *weight.stride(), ADD=add, WIDE=kind, BO=bo, BR=br, BP=min(triton.next_power_of_2(parts), 16),
+        )  # fmt: skip
 
 
 def sizes(tokens: int, picks: int, wide: int, out: int, br: int) -> tuple[int, int]:

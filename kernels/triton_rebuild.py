@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from multilora.kernels.checks import check_layers
-from multilora.kernels.triton_shared import TYPES, accumulator
+from multilora.kernels.triton_shared import TYPES, accumulator, on
 
 # A tile's rows and columns, and how many ranks at a time; and those of 16-bit layers with even sizes.
 TILE = {"ROWS": 64, "WIDTH": 64, "BR": 16}
@@ -79,7 +79,9 @@ class _Group(NamedTuple):
 
     def launch(self, scale: Tensor) -> None:
         """scale [R of all its layers]"""
-        _rebuild[(len(self.layer_of),)](self.table, self.layer_of, scale.to(self.wide), **self.constants)
+        scale = scale.to(self.table.device, self.wide)
+        with on(self.table.device):
+            _rebuild[(len(self.layer_of),)](self.table, self.layer_of, scale, **self.constants)
 
 
 _kept: list[tuple[tuple, list[_Group], list[torch.Size]]] = []  # the last used first; the scales' shapes
@@ -120,7 +122,7 @@ def rebuilder(
 
     def run(scale: Tensor, held=held) -> None:
         for group, pick in zip(groups, picks, strict=True):
-            group.launch(scale if len(groups) == 1 else scale.index_select(0, pick))
+            group.launch(scale if len(groups) == 1 else scale.to(pick.device).index_select(0, pick))
 
     return run
 

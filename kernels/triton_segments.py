@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multilora.kernels.triton_shared import accumulator, block, upcast
+from multilora.kernels.triton_shared import accumulator, block, on, upcast
 
 RANKS = 128  # at once; more are taken in turn
 PROGRAMS = 132  # that a large GPU runs at once, or more
@@ -82,12 +82,13 @@ def _run(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor | None, a
         bt, most = 64, 32 if x.dtype == torch.float64 else 64  # with more, shared memory overflows
         while bt > 16 and triton.cdiv(tokens, bt) * g < PROGRAMS:
             bt //= 2
-        _segments[(triton.cdiv(tokens, bt), g)](
-            y, x, d, u, f, tokens, wide, out, d.shape[1], alpha,
-            *y.stride(), *x.stride(), *d.stride(), *u.stride(), *f.stride(),
-            SCALED=scale is not None, ADD=add or first > 0, WIDE=accumulator(x.dtype), UPCAST=upcast(),
-            BT=bt, BI=block(wide, most=most), BR=block(d.shape[1]), BO=block(out, most=most),
-        )  # fmt: skip
+        with on(x.device):
+            _segments[(triton.cdiv(tokens, bt), g)](
+                y, x, d, u, f, tokens, wide, out, d.shape[1], alpha,
+                *y.stride(), *x.stride(), *d.stride(), *u.stride(), *f.stride(),
+                SCALED=scale is not None, ADD=add or first > 0, WIDE=accumulator(x.dtype), UPCAST=upcast(),
+                BT=bt, BI=block(wide, most=most), BR=block(d.shape[1]), BO=block(out, most=most),
+            )  # fmt: skip
 
 
 @torch.library.custom_op("multilora::segments", mutates_args=())

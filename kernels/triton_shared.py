@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,11 @@ TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+
+def on(device: torch.device):
+    """A block in which Triton launches on this device: it takes the current one, not that of its tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -222,7 +222,9 @@ class Bank:
             for site, weight in self._weights.items():
                 if kept is None and site not in at_once:
                     self._scratch[site] = weight.build(row, self._scratch.get(site))
-                weight.put((kept or self._scratch)[site])
+                merged = (kept or self._scratch)[site]
+                if weight.now is not merged or weight.displaced:
+                    weight.put(merged)
         self._in_weights = wanted
 
     def _restore(self) -> None:

@@ -32,10 +32,10 @@ def kernels(dtype):
         yield triton_index._expand, {"ADD": True, "WIDE": wide, "BO": bo, "BR": rank, "BP": min(4096 // part, 16)}
     kinds = {"KIND": TYPES[dtype], "DOWN": TYPES[dtype], "UP": TYPES[dtype], "WIDE": wide}
     kinds |= {"PRECISION": triton_rebuild.precision(torch.promote_types(dtype, torch.float32)),
-              "COUNT": triton_rebuild.COLUMNS, "ROWS": triton_rebuild.ROWS, "WIDTH": triton_rebuild.WIDTH,
-              "BR": triton_rebuild.RANKS}  # fmt: skip
+              "COUNT": triton_rebuild.COLUMNS}  # fmt: skip
     for even in (False, True):
-        yield triton_rebuild._rebuild, {**kinds, "EVEN": even}
+        tile = triton_rebuild.HALF if even and dtype.itemsize == 2 else triton_rebuild.TILE
+        yield triton_rebuild._rebuild, {**kinds, "EVEN": even, **tile}
 
 
 def source(kernel, constants, dtype, aligned):
@@ -67,9 +67,10 @@ def main():
     done, shared = 0, {}
     for architecture, dtype, aligned in itertools.product(SHARED, NAMES, (False, True)):
         for kernel, constants in kernels(dtype):
-            compiled = triton.compile(
-                source(kernel, constants, dtype, aligned), target=GPUTarget("cuda", architecture, 32)
-            )
+            options = {key: constants[key] for key in ("num_warps", "maxnreg") if key in constants}
+            constants = {key: value for key, value in constants.items() if key not in options}
+            made = source(kernel, constants, dtype, aligned)
+            compiled = triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
             which = kernel.__name__, NAMES[dtype], architecture
             assert len(compiled.asm["cubin"]) > 1000, (which, constants)
             assert compiled.metadata.shared <= SHARED[architecture], (which, constants, compiled.metadata.shared)

@@ -123,6 +123,8 @@ def _found(given: list[Path]) -> list[Path]:
         sheets = [p for p in inside if path.is_dir() and any(p.match(name) for name in SHEETS)]
         if sheets:
             note(f"left out, pictures of pictures: {', '.join(p.name for p in sheets)}")
+            if len(sheets) == len(inside):
+                raise ValueError(f"{path}: nothing else in it; name the pictures, or another folder")
         paths += [p for p in inside if p not in sheets]
     return paths
 

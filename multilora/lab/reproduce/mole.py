@@ -1,6 +1,6 @@
 """MoLE on the embedded world (arXiv 2404.13628): gates against the best Merge of a grid on the test split, k = 2 to 5.
 
-    python -m multilora.lab.reproduce.mole JOURNAL [--work FOLDER] [--k 2,3,4,5] [--sets 6] [--pictures 204] [--table]
+    python -m multilora.lab.reproduce.mole JOURNAL [--work FOLDER] [--k 2,3,4,5] [--sets 6] [--pictures 200] [--table]
     python -m multilora.lab.reproduce.mole JOURNAL --part 1 --parts 2 [--device cuda --batch 34]     # one of two jobs
 
 For every set of test-split LoRAs a gate is trained in each of the ways of GATES, from scenes that no held-out prompt
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class Bench:
         self.batch = batch - batch % CHUNK or CHUNK
         self.eyes, self.clip = load_recogniser(recogniser), load_clip("embedded", device)
         self.eyes.net.to(device)
+        self.device = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
         self._loras: dict[str, Any] = {}
 
     def lora(self, name: str) -> Any:
@@ -158,7 +160,7 @@ class Bench:
                     elements=each, found=sum(each.values()), asked=len(chosen) * len(part), pictures=len(part),
                     complete=sum(all(one[head] == n for head, n in wanted.items()) for one in seen),
                     generic=[sum(generic), len(generic)], clip=[round(score, 3) for *_, score in mine],
-                    shares=shares, rows=round(sum(rows) / len(rows), 3) if rows else 1.0,
+                    shares=shares, rows=round(sum(rows) / len(rows), 3) if rows else 1.0, device=self.device,
                 )  # fmt: skip
 
 
@@ -196,7 +198,8 @@ def tables(journal: Journal) -> str:
     entries = journal.of("picture")
     own = {(len(e["set"]), e["cell"]) for e in entries}
     beside = Journal(journal.path.with_name("weigh_pictures.jsonl")).of("picture")
-    entries += [e for e in beside if any(k == e["k"] for k, _ in own) and (e["k"], e["cell"]) not in own]
+    ks = {k for k, _ in own}
+    entries += [e for e in beside if (k := len(e["set"])) in ks and (k, e["cell"]) not in own]
     parts = []
     for k in sorted({len(e["set"]) for e in entries}):
         here = [e for e in entries if len(e["set"]) == k]
@@ -208,7 +211,11 @@ def tables(journal: Journal) -> str:
                 for name, c in cells.items() if "masked out" not in name]  # fmt: skip
         head = ["weights", "pictures", "elements present", "all present", "generic elements of the prompt"]
         head += ["CLIP score", "strongest LoRA's share"]
-        parts.append(f"### k = {k}\n\n{table(head, rows)}")
+        drawn = Counter()
+        for e in here:
+            drawn[e.get("device", "CPU")] += e["pictures"]
+        told = ", ".join(f"{count} on {device}" for device, count in drawn.items())
+        parts.append(f"### k = {k}\n\nPictures: {told}.\n\n{table(head, rows)}")
         masked = {name: c for name, c in cells.items() if "masked out" in name}
         if masked:
             rows = [_masked(name, c, cells) for name, c in masked.items()]
@@ -242,8 +249,12 @@ def _strongest(journal: Journal, cell: str) -> str:
 
 
 def _largest_share(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Mean over the sets' batches of the largest mean share."""
-    found = [max(e["shares"]) for e in entries if e.get("shares")]
+    """Mean over the sets of the largest mean share."""
+    by_set: dict[str, list[torch.Tensor]] = {}
+    for e in entries:
+        if e.get("shares"):
+            by_set.setdefault("+".join(e["set"]), []).append(torch.tensor(e["shares"]))
+    found = [torch.stack(shares).mean(0).max().item() for shares in by_set.values()]
     return f"{sum(found) / len(found):.2f}" if found else ""
 
 
@@ -316,7 +327,8 @@ def verdict(journal: Journal) -> tuple[bool, str]:
     gate, shared, damage, erased, _ = above
     held = len(found) == len(above) and min(found[gate][1], found[shared][1]) > 0
     held = held and max(found[damage][2], found[erased][2]) < 0
-    return held, "k of 3 and more: " + "; ".join(said)
+    ks = ", ".join(str(k) for k in by_k(journal) if k >= 3)
+    return held, f"k = {ks}: " + "; ".join(said)
 
 
 def figure(journal: Journal) -> Image.Image:
@@ -349,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", default=",".join(GATES), help=f"of {', '.join(GATES)}")
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
     parser.add_argument("--device", default="cpu")
-    for name, default in (("sets", SETS), ("pictures", 204), ("steps", STEPS), ("train-steps", SETTINGS["steps"]),
+    for name, default in (("sets", SETS), ("pictures", 200), ("steps", STEPS), ("train-steps", SETTINGS["steps"]),
                           ("batch", CHUNK), ("part", 1), ("parts", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(arguments)
@@ -370,9 +382,13 @@ def shared_out(
 ) -> list[tuple[tuple[str, ...], int]]:  # fmt: skip
     """(set, pictures of it) for one of several processes: args has sets, pictures, part and parts."""
     found = []
+    if not 1 <= args.part <= args.parts:
+        raise SystemExit(f"--part {args.part}: wanted 1 to {args.parts}")
     for k in ks:
         chosen = even_sets(split, k, args.sets)
-        found += [(one, min(MOST, -(-args.pictures // len(chosen)))) for one in chosen]
+        if args.pictures > MOST * len(chosen):
+            raise SystemExit(f"--pictures {args.pictures}: {MOST} at most for each of {len(chosen)} sets of {k}")
+        found += [(one, -(-args.pictures // len(chosen))) for one in chosen]
     return found[args.part - 1 :: args.parts]
 
 
