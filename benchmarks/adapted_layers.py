@@ -195,7 +195,7 @@ def switch(rounds: int) -> Iterator[Row]:
 
             for _ in range(K):
                 switched()
-            found = in_turn({"bare": lambda: [bare_call() for _ in range(5)], "switched": switched}, rounds)
+            found = in_turn({"bare": lambda: [bare_call() for _ in range(5)], "switched": switched}, 3 * rounds)
         what = f"time of one switch and 5 steps, {form} / 5 bare steps"
         yield Row("C6", what, found.over("switched", "bare"), 1.03, None, found.spread)
     half = unet().to(torch.bfloat16)
