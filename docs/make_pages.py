@@ -129,14 +129,12 @@ def verdicts(*names: str) -> str:
 
 def verdict_on_pictures(name: str, anchor: str) -> str:
     """As `verdicts` of an experiment whose section is in docs/reproduction.md."""
-    from multilora.lab.reproduce.page import experiment
+    from multilora.lab.reproduce.page import experiment, verdict_line
     from multilora.lab.world.report import Journal
 
-    one = experiment(name)
-    holds, why = one.verdict(one.where(Journal(ROOT / "docs" / "text" / "report.jsonl")))
-    said = "Holds here" if holds else "Does not hold here"
+    one, journal = experiment(name), Journal(ROOT / "docs" / "text" / "report.jsonl")
     where = f"../reproduction.md#{anchor}"
-    return f"[{one.title}]({where}). The claim: {one.claim}.\n\n**{said}.** For {why}."
+    return f"[{one.title}]({where}). The claim: {one.claim}.\n\n{verdict_line(one, journal)}"
 
 
 def leaderboard() -> str:

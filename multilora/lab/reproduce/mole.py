@@ -328,7 +328,7 @@ def verdict(journal: Journal) -> tuple[bool, str]:
     held = len(found) == len(above) and min(found[gate][1], found[shared][1]) > 0
     held = held and max(found[damage][2], found[erased][2]) < 0
     ks = ", ".join(str(k) for k in by_k(journal) if k >= 3)
-    return held, f"k = {ks}: " + "; ".join(said)
+    return held, f"at k = {ks}: " + "; ".join(said)
 
 
 def figure(journal: Journal) -> Image.Image:
