@@ -10,7 +10,6 @@ process, with one thread; wall seconds depend on what else the machine does. The
 import hashlib
 import json
 import os
-import platform
 import statistics
 import struct
 import tempfile
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from multilora.admit import admit
 from multilora.bases import Base
+from multilora.lab.machine import processor
 
 ROUNDS = 7
 
@@ -127,8 +127,8 @@ def main() -> None:
     lines = [
         "# Admission",
         "",
-        f"Machine: {_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}; "
-        f"{ROUNDS} rounds in turn, at a load average of {os.getloadavg()[0]:.1f}.",
+        f"Machine: {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, "
+        f"torch {torch.__version__}; {ROUNDS} rounds in turn, at a load average of {os.getloadavg()[0]:.1f}.",
         "",
     ]
     with tempfile.TemporaryDirectory() as name:
@@ -147,12 +147,6 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     Path(__file__).with_suffix(".md").write_text(text)
     print(text)
-
-
-def _cpu() -> str:
-    with open("/proc/cpuinfo") as lines:
-        names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        return next(names, platform.machine())
 
 
 if __name__ == "__main__":

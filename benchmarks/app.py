@@ -21,9 +21,7 @@ import contextlib
 import datetime
 import multiprocessing
 import os
-import platform
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -36,6 +34,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from multilora.lab.machine import processor
 from multilora.pipelines.image import Composer
 from multilora.recipe import Recipe
 from multilora.web.app import build
@@ -221,9 +220,8 @@ def interval(base: Sequence[float], other: Sequence[float], draws: int = 2000) -
 
 def machine() -> str:
     """The day, the processor, how busy it is."""
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     today, load = datetime.date.today().isoformat(), os.getloadavg()[1]
-    return f"{today}, {name[1] if name else platform.processor()}, {os.cpu_count()} cores, load average {load:.1f}"
+    return f"{today}, {processor()}, {os.cpu_count()} cores, load average {load:.1f}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ run.
 
 import datetime
 import os
-import platform
 import re
 import statistics
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # the harness is that of the tests
 from multilora.lab.evaluate.batch import run_batch  # noqa: E402
 from multilora.lab.evaluate.items import items_of  # noqa: E402
 from multilora.lab.evaluate.workers import ComposerRenderer  # noqa: E402
+from multilora.lab.machine import processor  # noqa: E402
 from tests.batch_kills import check, kill_in_turn  # noqa: E402
 from tests.batch_standin import StandIn, lines  # noqa: E402
 
@@ -34,10 +34,9 @@ BAR = 1.7
 
 
 def machine() -> str:
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     load = os.getloadavg()[1]
     today = datetime.date.today().isoformat()
-    return f"{today}, {name[1] if name else platform.processor()}, {os.cpu_count()} cores, load average {load:.1f}"
+    return f"{today}, {processor()}, {os.cpu_count()} cores, load average {load:.1f}"
 
 
 def report(title: str, text: str) -> None:

@@ -15,8 +15,9 @@ import argparse
 from pathlib import Path
 
 from multilora.lab.evaluate.statistics import wilson
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.mole import CHUNK, STEPS, Bench, shared_out
-from multilora.lab.world.report import GUIDANCE, Journal
+from multilora.lab.world.report import GUIDANCE
 from multilora.method import resolve
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,13 +3,13 @@
     python benchmarks/compose.py [rounds] > benchmarks/compose.md
 """
 
-import platform
 import statistics
 import sys
 import time
 
 import torch
 
+from multilora.lab.machine import processor
 from multilora.method import methods
 from multilora.pipelines.image import Composer
 from multilora.pipelines.load import library
@@ -24,11 +24,6 @@ def four() -> list[str]:
     for entry in library().values():
         first.setdefault(entry["category"], entry["name"])
     return [first[c] for c in ("character", "garment", "object", "background")]
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as info:
-        return next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
 
 
 def main(rounds: int = 5) -> None:

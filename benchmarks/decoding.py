@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from flip import Leaves, _cpu
+from flip import Leaves
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from multilora.attach import attached
 from multilora.gate_token_switch import TokenSwitchGate
+from multilora.lab.machine import processor
 from multilora.lora import Lora, LowRank
 
 EXPERTS, RANK, TOP, PROMPT, TOKENS = 8, 16, 2, 16, 8
@@ -208,9 +209,9 @@ def report(title: str, batch: int, operations: dict[str, float], seconds: dict[s
 @torch.no_grad()
 def main(rounds: int = 7) -> None:
     print("# What a token costs with LoRAs routed token by token\n\nMade by `python benchmarks/decoding.py`.\n")
-    print(f"{EXPERTS} LoRAs of rank {RANK} on all linears of the blocks, {TOP} picked a token. Machine: {_cpu()}, "
-          f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; {rounds} rounds of {TOKENS} tokens, "
-          "float32.")  # fmt: skip
+    print(f"{EXPERTS} LoRAs of rank {RANK} on all linears of the blocks, {TOP} picked a token. Machine: "
+          f"{processor()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}; "
+          f"{rounds} rounds of {TOKENS} tokens, float32.")  # fmt: skip
     for title, widths in SIZES.items():
         model = language_model(*widths)
         loras = experts(model)

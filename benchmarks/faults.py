@@ -20,7 +20,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -34,6 +33,7 @@ import torch
 
 from multilora import files
 from multilora.attach import attached
+from multilora.lab.machine import processor
 from multilora.pipelines.image import Composer
 from tests import fuzz_files, tiny
 
@@ -43,15 +43,10 @@ SEED, ALL = 11, 2_000_000  # of the mutants
 GROWTH_MB = 10.0
 
 
-def processor() -> str:
-    """The processor's name, and how many cores it has."""
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{name[1] if name else platform.processor()}, {os.cpu_count()} cores"
-
-
 def machine() -> str:
     """The day, the processor, how busy it is."""
-    return f"{datetime.date.today().isoformat()}, {processor()}, load average {os.getloadavg()[1]:.1f}"
+    day, load = datetime.date.today().isoformat(), os.getloadavg()[1]
+    return f"{day}, {processor()}, {os.cpu_count()} cores, load average {load:.1f}"
 
 
 def report(title: str, text: str) -> None:
@@ -156,8 +151,9 @@ def mutants(count: int = ALL, cores: int | None = None, path: Path = MUTANTS, pi
     todo = [(state["seed"], at, min(piece, stop - at)) for first, stop in missing(state["done"], count)
             for at in range(first, stop, piece)]  # fmt: skip
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=REPORT.parent)
-    run = {"machine": processor(), "commit": git.stdout.strip(), "from": _now(), "to": "", "mutants": 0,
-           "admitted": 0, "slowest": 0.0, "grown": 0.0, "cpu": 0.0}  # fmt: skip
+    run = {"machine": f"{processor()}, {os.cpu_count()} cores", "commit": git.stdout.strip(),
+           "from": _now(), "to": "", "mutants": 0, "admitted": 0, "slowest": 0.0, "grown": 0.0,
+           "cpu": 0.0}  # fmt: skip
     pool = multiprocessing.get_context("spawn").Pool(cores, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     with contextlib.suppress(KeyboardInterrupt), pool:
         for (_, first, size), got in pool.imap_unordered(_mutated, todo):

@@ -7,7 +7,6 @@ aten operations without views (which launch nothing); they depend on no machine.
 call after the flip: its cost is in the rows named "first call".
 """
 
-import platform
 import statistics
 import time
 
@@ -17,6 +16,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multilora.attach import attached
+from multilora.lab.machine import processor
 from multilora.lora import Lora, LowRank
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -67,7 +67,7 @@ def main(rounds: int = 30) -> None:
         other.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(TARGETS)), adapter_name=name)
     loras = [lora(model, seed) for seed in range(5)]
     rows = [[float(i == j) for i in range(5)] for j in range(5)]
-    print(f"Machine: {platform.processor() or platform.machine()}, {_cpu()}, {torch.get_num_threads()} thread(s), "
+    print(f"Machine: {processor()}, {torch.get_num_threads()} thread(s), "
           f"torch {torch.__version__}; {rounds} rounds.\n")  # fmt: skip
     print("| one flip to another LoRA (5 LoRAs, rank 16, 128 linears) | ms | share of set_adapters |")
     print("|---|---|---|")
@@ -112,11 +112,6 @@ def main(rounds: int = 30) -> None:
             with Leaves() as leaves:
                 model(x, 7, text)
             print(f"| Merge of 5, {form} (batch 2) | {leaves.count} | {leaves.count / base.count:.3f} |")
-
-
-def _cpu() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,9 @@ def shown(value: float) -> str:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every round of each way, taken in turn; the first way was run twice a round, as `again`."""
+    """Seconds of each way, two of every round: a call follows one of another way, so that all meet cold caches."""
 
     each: dict[str, list[float]]
-    again: list[float]
 
     def median(self, name: str) -> float:
         return statistics.median(self.each[name])
@@ -70,8 +69,9 @@ class Times:
 
     @property
     def spread(self) -> tuple[float, float]:
+        """A/A: quartiles of the first way's second call of a round by its first."""
         first = next(iter(self.each.values()))
-        ratios = [a / b for a, b in zip(self.again, first, strict=True)]
+        ratios = [b / a for a, b in zip(first[::2], first[1::2], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         return quartiles[0], quartiles[2]
 
@@ -83,24 +83,21 @@ def cpu_seconds(call: Callable[[], Any]) -> float:
 
 
 def in_turn(ways: dict[str, Callable[[], Any]], rounds: int) -> Times:
-    """A B C A' A B C A' ...: the seconds of each way, after a call of each that does not count."""
-    first = next(iter(ways))
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    again = []
+    """A B C A B C in every round: the seconds of each way, after a call of each that does not count."""
     for call in ways.values():
         call()
-    for _ in range(rounds):
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(2 * rounds):
         for name, call in ways.items():
             found[name].append(cpu_seconds(call))
-        again.append(cpu_seconds(ways[first]))
-    return Times(found, again)
+    return Times(found)
 
 
 def machine() -> str:
     """The processor, and what else it has to do."""
     import torch
 
-    with open("/proc/cpuinfo") as lines:
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return (f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), load average "
+    from multilora.lab.machine import processor
+
+    return (f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), load average "
             f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}")  # fmt: skip

@@ -17,10 +17,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from merge_elementwise import RANK, SD15, TARGETS, WEIGHTS, Theirs, _cpu, lora, shapes, timed
+from merge_elementwise import RANK, SD15, TARGETS, WEIGHTS, Theirs, lora, shapes, timed
 
 import multilora as ml
 from multilora.attach import attached
+from multilora.lab.machine import processor
 from multilora.lora import Lora, LowRank
 
 
@@ -165,7 +166,7 @@ def _one_conv(shape, rounds):
 
 def main():
     wanted = [f for f in (svd, resize, conv) if f.__name__ in sys.argv[1:] or not sys.argv[1:]]
-    lines = [f"Machine: {_cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}. Made by "
+    lines = [f"Machine: {processor()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}. Made by "
              "benchmarks/merge.py, which says how.\n"]  # fmt: skip
     for table in wanted:
         lines += table()

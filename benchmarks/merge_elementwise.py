@@ -9,7 +9,6 @@ the high-water mark of the resident set of a process of its own, from when the t
 """
 
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 import multilora as ml
+from multilora.lab.machine import processor
 from multilora.lora import Lora, LowRank
 from multilora.method import resolve
 
@@ -160,7 +160,7 @@ def remembered(layers):
 
 def main():
     lines = [
-        f"Machine: {_cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}. Made by "
+        f"Machine: {processor()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}. Made by "
         "benchmarks/merge_elementwise.py, which says how.\n",
     ]
     counts, total, residuals, whole = speed()
@@ -201,11 +201,6 @@ def main():
     text = "\n".join(lines) + "\n"
     Path(__file__).with_suffix(".md").write_text(text)
     print(text)
-
-
-def _cpu():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from multilora.lab.journal import Journal
 from multilora.lab.world.caption import caption
-from multilora.lab.world.report import Journal, composed_scene, sets
+from multilora.lab.world.report import composed_scene, sets
 from multilora.pipelines.composing import composing, member
 from multilora.pipelines.image import Composer
 

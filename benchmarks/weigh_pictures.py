@@ -18,6 +18,7 @@ import math
 from pathlib import Path
 
 import multilora as ml
+from multilora.lab.journal import Journal
 from multilora.lab.objectives_denoising import own_predictions
 from multilora.lab.objectives_pictures import PictureScore, clip_and_presence
 from multilora.lab.reproduce.bench import mean_interval
@@ -25,7 +26,7 @@ from multilora.lab.reproduce.mole import CHUNK, GRID, MOST, SHARED, STEPS, Bench
 from multilora.lab.search import own_prompts, search_prompts
 from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
-from multilora.lab.world.report import Journal, composed_scene
+from multilora.lab.world.report import composed_scene
 from multilora.method import resolve
 from multilora.pipelines.load import library
 

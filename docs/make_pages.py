@@ -129,8 +129,8 @@ def verdicts(*names: str) -> str:
 
 def verdict_on_pictures(name: str, anchor: str) -> str:
     """As `verdicts` of an experiment whose section is in docs/reproduction.md."""
+    from multilora.lab.journal import Journal
     from multilora.lab.reproduce.page import experiment, verdict_line
-    from multilora.lab.world.report import Journal
 
     one, journal = experiment(name), Journal(ROOT / "docs" / "text" / "report.jsonl")
     where = f"../reproduction.md#{anchor}"

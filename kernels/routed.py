@@ -314,14 +314,19 @@ def routed_picked(
 
     Two operations a LoRA for all m layers, and none to add: a linear layer takes the result as its bias.
     """
-    flat, total = x.reshape(1, x.shape[-1]), None
+    flat, total, first = x.view(1, -1), None, 1.0  # one token is a view however it lies
     for down, up, weight in zip(downs, ups, weights, strict=True):
-        h = torch.mm(flat, down).view(up.shape[0], 1, up.shape[1])
+        h = torch.mm(flat, down).view(up.shape[0], 1, -1)
         if total is None:
-            total = torch.baddbmm(h[..., :1], h, up, beta=0, alpha=weight)  # beta 0: what it adds to is not read
+            total, first = torch.bmm(h, up), weight  # which has no alpha: the next operation weighs both
         else:
-            total.baddbmm_(h, up, alpha=weight)
-    return None if total is None else total.view(total.shape[0], -1).unbind()
+            total.baddbmm_(h, up, beta=first, alpha=weight)
+            first = 1.0
+    if total is None:
+        return None
+    if first != 1.0:
+        total.mul_(first)
+    return total.view(total.shape[0], -1).unbind()
 
 
 def add_folded_conv(

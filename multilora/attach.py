@@ -13,8 +13,6 @@ always run on the side, with W0 back in place.
 from __future__ import annotations
 
 import contextlib
-import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from multilora.compiled import Eager
+from multilora.held import holding
 from multilora.lora import Lora
 from multilora.rebuilt import WIDE, Merged, Weight, mergeable, moving, tied_parameters
 from multilora.rebuilt_many import Many, rebuilt_at_once
@@ -34,9 +33,6 @@ from multilora.takeover import disabled, loaded
 __all__ = ["Bank", "attached", "loaded"]
 
 FORMS = ("auto", "side", "rebuilt", "bank")
-# Modules that a bank holds now. Two LoRA sets on one module would mix two users' pictures.
-_HELD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_HELD_LOCK = threading.Lock()
 _KEPT_ROWS, _KEPT_BYTES = 64, 256 << 20  # rows whose folded factors are kept, and the size of these at most
 
 
@@ -77,7 +73,7 @@ class Bank:
            Asked (multilora.routing) also sees what each LoRA alone would add there
     form   "side", "rebuilt" or "bank": what a [k] row uses
     paths  the adapted modules, in the model's order
-    calls  path -> calls since `reset_calls()`
+    calls  path -> calls since `reset_calls()`; merged weights are counted until the row is set after a call
     """
 
     def __init__(
@@ -100,7 +96,8 @@ class Bank:
         self._row: Row | Tensor | None = None
         self._gate: Callable[[str, Tensor], Tensor] | None = None
         self._in_weights: Any = None  # the [k] row that the weights hold
-        self._hooks: list[Any] = []
+        self._hooks: dict[Site, Any] = {}
+        self.placed = False  # whether the model is ours now
         self._inside = False  # whether the gate has been asked for something else than hooks
 
     # -- what the user sets ----------------------------------------------------------------------------------------
@@ -169,13 +166,30 @@ class Bank:
     def place(self) -> None:
         """Put the hooks anew, for a model whose hooks something else has dropped."""
         self._unhook()
-        inside = getattr(self._gate, "inside", None)  # a gate that can do without hooks: multilora.token_route
+        self.placed = True
         if self._hooks_wanted():
             for site in self.sites:
-                hook, module = _Hook(self, site, self._branches[site]), site.module
-                placed = None if inside is None else inside(hook, module)
-                self._hooks.append(placed or module.register_forward_hook(hook, with_kwargs=True))
-        self._inside = inside is not None
+                self._hook(site)
+        self._inside = hasattr(self._gate, "inside")
+
+    def _hook(self, site: Site, first: bool = False) -> None:
+        hook, module = _Hook(self, site, self._branches[site]), site.module
+        inside = getattr(self._gate, "inside", None)  # a gate that can do without hooks: multilora.token_route
+        placed = None if inside is None else inside(hook, module)
+        self._hooks[site] = placed or module.register_forward_hook(hook, with_kwargs=True, prepend=first)
+
+    def _doze(self) -> None:
+        """Off with hooks that would only count calls, once they have: with one torch calls a module 6 us slower."""
+        for site in list(self._hooks):
+            if self.calls[site.path] and len(site.module._forward_hooks) == 1:
+                self._hooks.pop(site).remove()
+
+    def _wake(self) -> None:
+        """All hooks, in front of those that others have put there meanwhile."""
+        if self.placed and len(self._hooks) < len(self.sites) and self._hooks_wanted():
+            for site in self.sites:
+                if site not in self._hooks:
+                    self._hook(site, first=True)
 
     def _hooks_wanted(self) -> bool:
         # A graph compiled with our hooks in it would keep them after we are gone.
@@ -183,7 +197,7 @@ class Bank:
 
     def _unhook(self) -> None:
         while self._hooks:
-            self._hooks.pop().remove()
+            self._hooks.popitem()[1].remove()
         for site in self.sites:  # one that an interrupt cut off from its handle
             own = [key for key, hook in site.module._forward_hooks.items() if getattr(hook, "bank", None) is self]
             for key in own:
@@ -205,6 +219,10 @@ class Bank:
                 self.place()
         if self._inside != hasattr(self._gate, "inside"):
             self.place()
+        if plain and (not acts or len(self._weights) == len(self.sites)):
+            self._doze()
+        else:
+            self._wake()
 
     def _exchange(self, row: Row | None) -> None:
         """The merged weights of a [k] row in place, or with None the base weights."""
@@ -253,6 +271,7 @@ class Bank:
     def reset_calls(self) -> None:
         for path in self.calls:
             self.calls[path] = 0
+        self._wake()
 
     def check_called(self) -> None:
         """RuntimeError when an adapted module was not called since `reset_calls()` or has lost its merged weight."""
@@ -278,7 +297,7 @@ class Bank:
 
         Raises RuntimeError when other LoRAs are attached to the model.
         """
-        with _holding(self.model, self.sites), disabled(self.model):
+        with holding(self.model, self.sites), disabled(self.model):
             try:
                 self.place()
                 yield self
@@ -292,6 +311,7 @@ class Bank:
     def rest(self) -> None:
         """Hooks off, the base weights in place; what was built stays. May be called again."""
         self._row = self._gate = None
+        self.placed = False
         self._unhook()
         self._restore()
         self._in_weights = None
@@ -358,7 +378,7 @@ def attached(
             raise ValueError(f"LoRA number {i + 1} is a {type(lora).__name__}, wanted a Lora (see multilora.load)")
     sites = sites_of(model, loras, component, blocks)
     bank: Bank | None = None
-    with _holding(model, sites), disabled(model):
+    with holding(model, sites), disabled(model):
         try:
             bank = Bank(model, sites, len(loras), _form(form, model, sites), bank_bytes, optional)
             bank.place()
@@ -370,28 +390,3 @@ def attached(
                 except BaseException:  # a second interrupt must not leave half of it in place
                     bank.close()
                     raise
-
-
-@contextlib.contextmanager
-def _holding(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """Nobody else attaches LoRAs to the model or to these sites meanwhile; RuntimeError when somebody has."""
-    root = getattr(model, "_orig_mod", model)
-    wanted = {root, *(site.module for site in sites)}
-    mine: set[nn.Module] = set()
-    try:
-        with _HELD_LOCK:
-            taken = next((module for module in wanted if module in _HELD), None)
-            if taken is not None:
-                where = next((f" (at {site.path})" for site in sites if site.module is taken), "")
-                raise RuntimeError(
-                    f"LoRAs are attached to this {type(root).__name__} already{where}: leave that `attached(...)` "
-                    f"block first, or give all LoRAs to one"
-                )
-            mine = wanted
-            for module in mine:
-                _HELD.add(module)
-        yield
-    finally:
-        with _HELD_LOCK:
-            for module in mine:
-                _HELD.discard(module)

@@ -78,7 +78,7 @@ def _state(bank: Bank) -> dict[str, Any]:
     # Merged weights hold the row: then no hook acts, if all modules have them.
     within = bank._in_weights is not None and len(bank._weights) == len(bank.sites)
     return {
-        "the attachment": bool(bank._hooks),
+        "the attachment": bank.placed,
         "the gate": id(bank._gate),
         "the row": None if within else id(bank._row),
         "the weights' place": tuple(w.parameters[0].data_ptr() for w in bank._weights.values()),

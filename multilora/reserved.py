@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multilora.attach import _holding
 from multilora.compiled import Eager
+from multilora.held import holding
 from multilora.kernels import routed as kernels
 from multilora.lora import Lora, LowRank
 from multilora.sites import Site, kind_of, label, live_modules, nearest, quantised
@@ -182,7 +182,7 @@ def reserved(
         sites.append(Site(path, module, "linear", (), ()))
     if len({(s.module.weight.dtype, s.module.weight.device) for s in sites}) != 1:
         raise ValueError(f"reserved: {len(sites)} modules; wanted at least one, all of one dtype on one device")
-    with _holding(model, sites):
+    with holding(model, sites):
         room = Room(sites, max_loras, max_rank, samples, component)
         try:
             yield room

@@ -41,9 +41,10 @@ class Siblings:
 
     def once(self, n: int, row: Any, x: Tensor, make: Callable[[], Any]) -> Any:
         """What `make` gives for all members, called by the first of them; None where x is not what that one saw."""
-        if x.is_inference() or torch.compiler.is_compiling():  # what may have changed cannot be told
-            return None
         if n == 0:
+            if x.is_inference() or torch.compiler.is_compiling():  # what may have changed cannot be told
+                self.kept = None
+                return None
             self.kept = (row, x, x._version, make())
             return self.kept[3]
         kept = self.kept

@@ -80,9 +80,13 @@ class _Inside:
 
     def __init__(self, hook: Any, module: nn.Module) -> None:
         self.hook, self.bank, self.module, self.own = hook, hook.bank, module, module._parameters
-        self.router: Any = None
-        self.layer: _Ready | None = None
+        self.path, self.router = hook.path, hook.bank._gate.router
+        self.layer = self._ready()
         module.__dict__["forward"] = self
+
+    def _ready(self) -> _Ready | None:
+        layer = self.router.ready.get(self.hook.branch)
+        return layer if layer is not None and layer.low and not layer.head else None
 
     def remove(self) -> None:
         if self.module.__dict__.get("forward") is self:
@@ -97,10 +101,10 @@ class _Inside:
                 and answer.picks is not None
                 and input.numel() == layer.width
                 and input.dtype is layer.dtype
-                and input.device == layer.device
+                and input.is_cpu
                 and not torch.is_grad_enabled()
             ):
-                self.bank.calls[self.hook.path] += 1
+                self.bank.calls[self.path] += 1
                 delta, bias = layer.picked(input, answer), own["bias"]
                 if delta is None or bias is None:
                     return F.linear(input, own["weight"], bias if delta is None else delta)
@@ -108,8 +112,8 @@ class _Inside:
         y = F.linear(input, own["weight"], own["bias"])
         total = self.hook(self.module, (input,), {}, y)
         if type(route) is TokenRoute:
-            layer = route.router.ready.get(self.hook.branch)
-            self.router, self.layer = route.router, layer if layer.low and not layer.head else None
+            self.router = route.router
+            self.layer = self._ready()
         return y if total is None else total
 
 

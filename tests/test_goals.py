@@ -29,13 +29,13 @@ def test_a_line_has_every_column():
     assert [shown(v) for v in (0, 1.0, 12.5, 0.00012)] == ["0", "1", "12.5", "1.2e-04"]
 
 
-def test_ways_run_in_turn_and_the_first_once_more():
+def test_ways_run_in_turn_so_that_none_follows_itself():
     calls = []
-    found = in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
-    assert "".join(calls) == "ab" + "aba" * 2
-    assert [len(each) for each in (*found.each.values(), found.again)] == [2, 2, 2]
-    times = Times({"a": [1.0, 2.0, 3.0], "b": [1.0, 8.0, 1.0]}, [1.0, 3.0, 3.0])
-    assert times.over("b", "a") == 0.5
+    found = in_turn({name: lambda name=name: calls.append(name) for name in "abc"}, 2)
+    assert "".join(calls) == "abc" * 5  # the first does not count
+    assert [len(each) for each in found.each.values()] == [4, 4, 4]
+    times = Times({"a": [1.0, 1.0, 2.0, 3.0, 3.0, 3.0], "b": [1.0, 1.0, 8.0, 1.0, 1.0, 1.0]})
+    assert times.over("b", "a") == 0.4
     assert times.spread == (1.0, 1.25)
 
 

@@ -4,12 +4,13 @@ import random
 
 import pytest
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce import arithmetic_pictures as arithmetic
 from multilora.lab.reproduce import page
 from multilora.lab.reproduce.arithmetic_pictures import ALONE, ANALOGY, BOTH, EXPERIMENT, SOURCE, UNLEARNED
 from multilora.lab.reproduce.bench import SMOKE, Bench
 from multilora.lab.world.designs import DESIGNS
-from multilora.lab.world.report import Journal, requested
+from multilora.lab.world.report import requested
 
 
 def test_prompts_ask_for_the_class_and_name_no_design():

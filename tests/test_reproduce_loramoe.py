@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce import loramoe
 from multilora.lab.reproduce.bench import SMOKE, Bench
 from multilora.lab.train.loramoe import fresh_experts
 from multilora.lab.world.language import examples, split_of
-from multilora.lab.world.report import Journal
 from multilora.pipelines.text_load import load_text
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce import page
 from multilora.lab.reproduce.mole import (
     BASE,
@@ -20,7 +21,7 @@ from multilora.lab.reproduce.mole import (
     verdict,
 )  # fmt: skip
 from multilora.lab.world.caption import caption
-from multilora.lab.world.report import Journal, composed_scene, sets
+from multilora.lab.world.report import composed_scene, sets
 from multilora.plan import Pass
 from multilora.routing import Asked, Uniform
 from multilora.trace import Seen

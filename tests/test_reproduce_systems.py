@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from multilora.lab.journal import Journal
+from multilora.lab.machine import processor
 from multilora.lab.reproduce import composition, lora, page
 from multilora.lab.reproduce.bench import Bench, Size
 from multilora.lab.reproduce.systems import SYSTEMS, html_page, rows, summary
-from multilora.lab.world.report import METHODS, Journal
+from multilora.lab.world.report import METHODS
 
 
 def picture_journal(path, shares):
@@ -52,7 +54,7 @@ def test_composition_follows_the_numbers(tmp_path):
         text = Journal(tmp_path / str(gain) / "text" / "report.jsonl")
         assert composition.where(text).lines == journal.lines
         (one,) = page.measured(text)
-        said = summary([one], text)
+        said = summary([one], text, page.times(text))
         assert ("| holds |" if held else "| does not hold here |") in said
         assert "not measured: `multilora reproduce lora`" in said
 
@@ -87,10 +89,11 @@ def test_the_page_as_html_escapes_and_needs_nothing_beside_it(tmp_path):
     journal = lora_journal(tmp_path / "text" / "report.jsonl", 8)
     page.write(journal, tmp_path)
     said = (tmp_path / "reproduction.html").read_text()
-    assert said == html_page(page.measured(journal), journal, tmp_path)
+    assert said == html_page(page.measured(journal), journal, page.times(journal), tmp_path)
     assert said.count("data:image/png;base64,") == 1
     assert "http" not in said.replace("https://arxiv.org", "")
     assert '<td class="yes">holds</td>' in said
+    assert f"<td>{processor()}, " in said
 
 
 def test_a_merged_lora_runs_the_operations_of_the_base(tmp_path):

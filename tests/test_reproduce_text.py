@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from multilora.cli import main
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce import addition, analogy, few_shot, fisher_text, lorahub_text, negation, page
 from multilora.lab.reproduce.bench import CHECKED, DRAWN, SMOKE, Bench, Size, Target, mean_interval, shown
 from multilora.lab.reproduce.systems import summary
@@ -15,7 +16,6 @@ from multilora.lab.result_chart import Point, draw_lines, draw_points
 from multilora.lab.train.fisher import estimate
 from multilora.lab.world.language import examples, split_of
 from multilora.lab.world.language_train import exam
-from multilora.lab.world.report import Journal
 from multilora.method import UnknownName
 from tests.test_packaging import ROOT
 

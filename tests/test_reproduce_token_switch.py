@@ -2,10 +2,10 @@
 
 import pytest
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce import token_switch as ts
 from multilora.lab.world.language import split_of
 from multilora.lab.world.language_loras import PLANS
-from multilora.lab.world.report import Journal
 
 
 def _journal(path, shared, each):

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from multilora.lab.journal import Journal
 from multilora.lab.score import clip as score_clip
 from multilora.lab.score.presence import (
     ARCHITECTURES,
@@ -246,12 +247,12 @@ def test_requested_elements_are_those_the_caption_names():
 
 
 def test_journal_goes_on_and_tables_are_written(tmp_path):
-    journal = report.Journal(tmp_path / "report.jsonl")
+    journal = Journal(tmp_path / "report.jsonl")
     journal.add("base/0", heads={"character": [9, 10], "style": [1, 2]})
     journal.add("alone/zib/on/10", name="zib", on=True, found=9, asked=10)
     facts = {"cell": "switch", "k": 2, "found": 5, "asked": 8, "complete": 1, "pictures": 4, "clip": [20.0, 22.0]}
     journal.add("composition/switch/pandu+raio/0+4", **facts)
-    again = report.Journal(tmp_path / "report.jsonl")
+    again = Journal(tmp_path / "report.jsonl")
     assert again.lines == journal.lines
     readme = tables.write(again, tmp_path / "README.md")
     text = readme.read_text()

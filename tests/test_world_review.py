@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
+from multilora.lab.journal import Journal
 from multilora.lab.world import review, tables
-from multilora.lab.world.report import Journal
 from multilora.pipelines.load import assets
 
 

@@ -21,10 +21,10 @@ def reproduce(
 ) -> None:
     """Measure what the nine papers claim on the embedded models; run again to go on where it stopped."""
     from multilora.cli.console import note, print_table
+    from multilora.lab.journal import Journal
     from multilora.lab.reproduce.bench import FULL, SMOKE
     from multilora.lab.reproduce.page import NAMES, experiment, measured, verdict_line
     from multilora.lab.reproduce.page import reproduce as run
-    from multilora.lab.world.report import Journal
 
     found = [experiment(one) for one in name or NAMES]
     if listed:

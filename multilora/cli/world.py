@@ -86,8 +86,8 @@ def review(
 ) -> None:
     """Draw numbered pictures without words for a reviewer, and grids with words; or count a reviewer's answers."""
     from multilora.cli.console import print_json
+    from multilora.lab.journal import Journal
     from multilora.lab.world import review as lab
-    from multilora.lab.world.report import Journal
 
     def echo(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import Bench, Experiment, Target, mean_interval, rate, shown
 from multilora.lab.result_chart import Point, draw_points
 from multilora.lab.train.text_other import train_ia3
 from multilora.lab.world.language import Example, stream
 from multilora.lab.world.language_loras import PLANS, TextPlan, as_texts, plan_examples
-from multilora.lab.world.report import Journal
 from multilora.lab.world.settings import TEXT_FULL
 from multilora.lab.world.tables import share, table, wilson
 from multilora.lora import Lora

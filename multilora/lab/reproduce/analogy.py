@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import Bench, Experiment, Target, mean_interval, rate, shown
 from multilora.lab.result_chart import Point, draw_points
 from multilora.lab.world.language_loras import PLANS
-from multilora.lab.world.report import Journal
 from multilora.lab.world.tables import share, table
 from multilora.lora import Lora
 from multilora.merge.analogy import analogy

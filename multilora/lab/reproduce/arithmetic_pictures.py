@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from multilora import files
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce import bench as texts
 from multilora.lab.reproduce.composition import MERGE, cells
 from multilora.lab.result_chart import Point, draw_lines
@@ -24,7 +25,7 @@ from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
 from multilora.lab.world.loras import PLANS, pictures
 from multilora.lab.world.render import render
-from multilora.lab.world.report import Journal, requested
+from multilora.lab.world.report import requested
 from multilora.lab.world.scene import Scene, sample_scene
 from multilora.lab.world.tables import share, table, wilson
 from multilora.merge.analogy import analogy

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from multilora.attach import attached
+from multilora.lab.journal import Journal
 from multilora.lab.train.text import answer_losses, padding, train
 from multilora.lab.train.text_data import IGNORED, Tokens, padded, read_texts, tokenised
 from multilora.lab.train.text_other import put
 from multilora.lab.world.language import Example, examples, score
 from multilora.lab.world.language_loras import as_texts
 from multilora.lab.world.language_train import answer
-from multilora.lab.world.report import Journal
 from multilora.lora import Lora
 from multilora.pipelines.text_load import load_text, text_lora
 

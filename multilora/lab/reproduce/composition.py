@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import Bench, Experiment, mean_interval
 from multilora.lab.result_chart import Point, draw_lines
-from multilora.lab.world.report import METHODS, STUDY, Journal
+from multilora.lab.world.report import METHODS, STUDY
 from multilora.lab.world.report import measure as measure_world
 from multilora.lab.world.tables import share, table
 from multilora.pipelines.load import assets

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from multilora.checkpoint_merge import merge_checkpoints
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import CHECKED, Bench, Experiment, Target, mean_interval, rate, shown
 from multilora.lab.result_chart import Point, draw_points
 from multilora.lab.train.fisher import estimate
 from multilora.lab.train.text_other import train_whole
 from multilora.lab.world.language import Example, examples, facts, statement
 from multilora.lab.world.language_loras import as_texts
-from multilora.lab.world.report import Journal
 from multilora.lab.world.tables import table
 
 GRID = tuple(i / 10 for i in range(11))  # the donor's weight

@@ -12,11 +12,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multilora.attach import attached
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import Bench, Experiment, Target, mean_interval, rate, shown
 from multilora.lab.result_chart import Point, draw_points
 from multilora.lab.train.text_other import train_whole
 from multilora.lab.world.language_loras import as_texts
-from multilora.lab.world.report import Journal
 from multilora.lab.world.tables import table
 
 TARGETS = (Target("sort_digits"), Target("mirror"), Target("reverse", "polite"))  # the base does them poorly

@@ -8,11 +8,11 @@ from typing import Any
 
 from PIL import Image
 
+from multilora.lab.journal import Journal
 from multilora.lab.objectives_text import AnswerLoss
 from multilora.lab.reproduce.bench import Bench, Experiment, Target, mean_interval, rate, shown
 from multilora.lab.result_chart import Point, draw_points
 from multilora.lab.world.language_loras import PLANS, as_texts
-from multilora.lab.world.report import Journal
 from multilora.lab.world.tables import table
 from multilora.merge.factor import factor
 from multilora.method import resolve

@@ -20,6 +20,7 @@ from PIL import Image
 from multilora.attach import attached
 from multilora.gate_loramoe import TYPES, LoramoeGate, experts_of
 from multilora.gates import read_gate
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import CHECKED, DRAWN, Bench, Experiment, mean_interval
 from multilora.lab.result_chart import Point, draw_lines
 from multilora.lab.train.loramoe import train
@@ -29,7 +30,6 @@ from multilora.lab.world.designs import DESIGNS
 from multilora.lab.world.language import Example, examples, facts, is_right, stream
 from multilora.lab.world.language_loras import as_texts
 from multilora.lab.world.language_train import answer
-from multilora.lab.world.report import Journal
 from multilora.lab.world.tables import share, table
 from multilora.pipelines.text import composing_text
 from multilora.pipelines.text_load import text_lora

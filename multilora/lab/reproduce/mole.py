@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from multilora import files
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce import bench as texts
 from multilora.lab.result_chart import Point, draw_lines
 from multilora.lab.train.gates import train
@@ -32,7 +33,7 @@ from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
 from multilora.lab.world.loras import pictures
 from multilora.lab.world.render import render
-from multilora.lab.world.report import Journal, composed_scene, even_sets, requested
+from multilora.lab.world.report import composed_scene, even_sets, requested
 from multilora.lab.world.scene import Scene, sample_scene
 from multilora.lab.world.tables import share, table
 from multilora.method import resolve, unknown

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import CHECKED, Bench, Experiment, Target, rate
 from multilora.lab.result_chart import Point, draw_lines
 from multilora.lab.train.seeds import mixed_seed
 from multilora.lab.train.text_other import train_ia3
 from multilora.lab.world.language import SKILLS, Example, examples
 from multilora.lab.world.language_loras import PLANS, as_texts, plan_examples
-from multilora.lab.world.report import Journal
 from multilora.lab.world.settings import TEXT_FULL
 from multilora.lab.world.tables import share, table, wilson
 from multilora.lora import Lora, LowRank

@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from multilora.lab.journal import Journal, ran, restart_clock
 from multilora.lab.reproduce.bench import Bench, Experiment, Size
 from multilora.lab.reproduce.systems import html_page, summary
-from multilora.lab.world.report import Journal
 from multilora.method import unknown
 from multilora.recipe import save_png
 
-# name -> first part of its keys in the journal
-NAMES = {"lora": "lora", "addition": "addition", "negation": "negation", "analogy": "analogy",
-         "arithmetic_pictures": "negation",
-         "few_shot": "few_shot", "lorahub_text": "lorahub", "loramoe": "loramoe", "token_switch": "token_switch",
-         "mole": "picture", "fisher_text": "fisher", "composition": "composition"}  # fmt: skip
+# name -> first parts of its keys in its journal
+NAMES = {"lora": ("lora",), "addition": ("addition",), "negation": ("negation",), "analogy": ("analogy",),
+         "arithmetic_pictures": ("negation", "analogy"), "few_shot": ("few_shot",), "lorahub_text": ("lorahub",),
+         "loramoe": ("loramoe",), "token_switch": ("token_switch",), "mole": ("picture",), "fisher_text": ("fisher",),
+         "composition": ("composition", "study")}  # fmt: skip
 HEAD = """# Weights on language: what the papers claim, on the embedded text model
 
 Measured by `multilora reproduce`, which also wrote this page; `docs/text/report.jsonl` holds every count. The model is
@@ -55,16 +56,27 @@ def reproduce(
     folder = Path(docs) / "text"
     work = folder / "work" if work is None else Path(work)
     bench = Bench.embedded(folder / "report.jsonl", work, *(() if size is None else (size,)), echo=echo)
+    restart_clock()
     for one in found:
         echo(one.title)
         one.measure(bench)
     return write(bench.journal, Path(docs))
 
 
+def lines(one: Experiment, journal: Journal) -> list[dict[str, Any]]:
+    """An experiment's lines, in the journal of texts or beside it."""
+    own = one.where(journal)
+    return [line for part in NAMES[one.name] for line in own.of(part)]
+
+
 def measured(journal: Journal) -> list[Experiment]:
-    """The experiments that have results, in the journal of texts or beside it."""
-    found = [(experiment(name), part) for name, part in NAMES.items()]
-    return [one for one, part in found if one.where(journal).of(part)]
+    """The experiments that have results."""
+    return [one for one in map(experiment, NAMES) if lines(one, journal)]
+
+
+def times(journal: Journal) -> list[tuple[str, ...]]:
+    """Rows of systems.RAN: when, on what and how long each experiment was measured."""
+    return [(one.title, *ran(lines(one, journal))) for one in measured(journal)]
 
 
 def on_texts(journal: Journal) -> list[Experiment]:
@@ -98,6 +110,7 @@ def write(journal: Journal, docs: Path) -> Path:
     if on_texts(journal):
         (docs / "text.md").write_text(text(journal))
     path = docs / "reproduction.md"
-    path.write_text(summary(found, journal))
-    path.with_suffix(".html").write_text(html_page(found, journal, docs))
+    runs = times(journal)
+    path.write_text(summary(found, journal, runs))
+    path.with_suffix(".html").write_text(html_page(found, journal, runs, docs))
     return path

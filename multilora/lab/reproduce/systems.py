@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import Experiment
-from multilora.lab.world.report import Journal
 from multilora.lab.world.tables import table
 
 
@@ -65,8 +65,11 @@ def rows(found: Sequence[Experiment], journal: Journal) -> list[tuple[str, str, 
     return lines
 
 
-def summary(found: Sequence[Experiment], journal: Journal) -> str:
-    """docs/reproduction.md"""
+RAN = ("experiment", "measured on", "machine", "minutes", "CPU minutes", "lines in the journal")
+
+
+def summary(found: Sequence[Experiment], journal: Journal, runs: Sequence[Sequence[str]]) -> str:
+    """docs/reproduction.md; runs: rows of RAN"""
     head = ["system", "claim", "the paper's number", "ours", "verdict"]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows(found, journal)]
     parts = [HEAD, table(head, cells)]
@@ -80,6 +83,7 @@ def summary(found: Sequence[Experiment], journal: Journal) -> str:
             parts.append(f"![{one.title}](text/{one.name}.png)")
             own = one.where(journal)
             parts.append(f"Tables: [text.md](text.md), {one.title!r}." if own is journal else one.tables(own))
+    parts += ["## When, on what, how long", table(list(RAN), [list(row) for row in runs])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -92,7 +96,7 @@ vertical-align:top;overflow-wrap:anywhere}img{max-width:100%;height:auto}.wide{o
 .yes{color:#5ad1a4}.no{color:#f29a9a}img{background:#fff}}"""
 
 
-def html_page(found: Sequence[Experiment], journal: Journal, docs: Path) -> str:
+def html_page(found: Sequence[Experiment], journal: Journal, runs: Sequence[Sequence[str]], docs: Path) -> str:
     """The same as one page that needs nothing beside it; the figures are those in docs/text/."""
     kinds = {"holds": "yes", "does not hold here": "no"}
     lines = "".join(
@@ -101,6 +105,10 @@ def html_page(found: Sequence[Experiment], journal: Journal, docs: Path) -> str:
         for row in rows(found, journal)
     )  # fmt: skip
     heads = "".join(f"<th>{name}</th>" for name in ("system", "claim", "the paper's number", "ours", "verdict"))
+    times = "".join(
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in (("th", RAN), *(("td", row) for row in runs))
+    )
     figures = "".join(
         f"<h2>{html.escape(one.title)}</h2><p>{html.escape(one.claim)}.</p>"
         f'<img alt="{html.escape(one.title)}" src="{_encoded(docs / "text" / f"{one.name}.png")}">'
@@ -110,7 +118,8 @@ def html_page(found: Sequence[Experiment], journal: Journal, docs: Path) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title[2:]}</title><style>{STYLE}</style><h1>{title[2:]}</h1><p>{html.escape(words)}</p>"
-        f'<div class="wide"><table><tr>{heads}</tr>{lines}</table></div>{figures}</html>\n'
+        f'<div class="wide"><table><tr>{heads}</tr>{lines}</table></div>{figures}<h2>When, on what, how long</h2>'
+        f'<div class="wide"><table>{times}</table></div></html>\n'
     )
 
 

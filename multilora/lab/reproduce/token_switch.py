@@ -12,12 +12,12 @@ from PIL import Image
 from multilora.gate_loramoe import experts_of
 from multilora.gate_token_switch import TokenSwitchGate
 from multilora.gates import read_gate
+from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import Bench, Experiment, Target, mean_interval, rate, shown
 from multilora.lab.result_chart import Point, draw_points
 from multilora.lab.train.loramoe import train as train_loramoe
 from multilora.lab.train.token_switch import train
 from multilora.lab.world.language_loras import as_texts
-from multilora.lab.world.report import Journal
 from multilora.lab.world.tables import table
 from multilora.pipelines.text import composing_text
 

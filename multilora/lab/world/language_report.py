@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors import safe_open
 
+from multilora.lab.journal import Journal
 from multilora.lab.world.language import SKILLS
 from multilora.lab.world.language_loras import PLANS
 from multilora.lab.world.language_train import exam
-from multilora.lab.world.report import Journal
 from multilora.lab.world.settings import TEXT_FULL, TextSettings
 from multilora.lab.world.tables import share, table
 

@@ -7,7 +7,6 @@ picture i is the same for all methods.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from multilora.lab.evaluate.readings import Readers
+from multilora.lab.journal import Journal
 from multilora.lab.world.caption import NOUNS, PLACES, STYLE_WORDS, caption
 from multilora.lab.world.designs import CATEGORIES, DESIGNS
 from multilora.lab.world.loras import alone, pictures, target
@@ -109,30 +109,6 @@ def requested(scene: Scene, text: str) -> dict[str, str]:
     if any(phrase in text for phrase in STYLE_WORDS[scene.style]):
         found["style"] = scene.style
     return found
-
-
-class Journal:
-    """Finished batches by key, in a file of JSON lines."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                self.lines[entry["key"]] = entry
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.lines
-
-    def add(self, key: str, **facts: Any) -> None:
-        self.lines[key] = {"key": key, **facts}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.lines[key]) + "\n")
-
-    def of(self, part: str) -> list[dict[str, Any]]:
-        return [entry for key, entry in self.lines.items() if key.split("/")[0] == part]
 
 
 @dataclass

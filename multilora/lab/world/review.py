@@ -14,12 +14,13 @@ from typing import Any
 
 from PIL import Image
 
+from multilora.lab.journal import Journal
 from multilora.lab.sheet import Cell, contact_sheet
 from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
 from multilora.lab.world.eyes import HEADS
 from multilora.lab.world.loras import pictures, stream_scene, target
-from multilora.lab.world.report import GUIDANCE, HELD_OUT, STEPS, Journal, requested
+from multilora.lab.world.report import GUIDANCE, HELD_OUT, STEPS, requested
 from multilora.lab.world.scene import sample_scene
 
 SHOWN = HELD_OUT + 100_000  # first scene of the pictures for a reviewer: others than the report's

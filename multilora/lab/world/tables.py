@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from multilora.lab.evaluate.statistics import wilson
+from multilora.lab.journal import Journal
 from multilora.lab.world.designs import DESIGNS
-from multilora.lab.world.report import METHODS, STUDY, Journal, categories_in_order
+from multilora.lab.world.report import METHODS, STUDY, categories_in_order
 
 START, END = "<!-- report: start -->", "<!-- report: end -->"
 

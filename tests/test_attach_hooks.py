@@ -1,0 +1,115 @@
+"""Hooks that have nothing to add come off once they have counted a call, and are there again when they are needed."""
+
+import pytest
+import torch
+
+from multilora.attach import attached
+from tests.test_attach_hosts import BASE, INPUTS, LORAS, SAMPLES, WANT, _net
+
+MERGED = ("rebuilt", "bank")
+
+
+def hooks(net):
+    return sum(len(m._forward_hooks) for m in net.modules())
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", MERGED)
+def test_merged_weights_run_without_hooks_after_the_first_call(form):
+    net = _net()
+    with torch.no_grad(), attached(net, LORAS, form=form) as bank:
+        for i, row in enumerate(WANT):
+            bank.row = row
+            assert hooks(net) == (4 if i == 0 else 0)
+            close(net(*INPUTS), WANT[row])
+        bank.check_called()
+        bank.row = (0.0, 0.0)
+        torch.testing.assert_close(net(*INPUTS), BASE)
+        assert hooks(net) == 0
+    assert hooks(net) == 0
+    torch.testing.assert_close(net(*INPUTS), BASE)
+
+
+@pytest.mark.parametrize("form", MERGED)
+def test_a_row_per_sample_and_a_gate_call_them_back(form):
+    net, want = _net(), torch.cat([WANT[1.0, 0.0][:2], WANT[0.0, 0.7][2:]])
+    with torch.no_grad(), attached(net, LORAS, form=form) as bank:
+        for _ in range(3):
+            for row in WANT:
+                bank.row = row
+                close(net(*INPUTS), WANT[row])
+            assert hooks(net) == 0
+            bank.row = SAMPLES
+            assert hooks(net) == 4
+            close(net(*INPUTS), want)
+            bank.row = (1.0, 0.0)
+            bank.gate = lambda path, x: torch.tensor([0.5, -1.0])
+            close(net(*INPUTS), WANT[0.5, -1.0])
+            bank.gate = None
+            assert hooks(net) == 0
+            close(net(*INPUTS), WANT[1.0, 0.0])
+
+
+def test_a_new_count_needs_them_and_sees_what_is_not_called():
+    net = _net()
+    with torch.no_grad(), attached(net, LORAS, form="rebuilt") as bank:
+        for row in WANT:
+            bank.row = row
+            net(*INPUTS)
+        bank.reset_calls()
+        assert hooks(net) == 4
+        bank.row = (0.5, -1.0)
+        assert hooks(net) == 4  # none was called since
+        net.a(torch.randn(2, 8))
+        bank.row = (1.0, 0.0)
+        assert hooks(net) == 3
+        with pytest.raises(RuntimeError, match="3 of 4 adapted modules were not called, first 'b'"):
+            bank.check_called()
+
+
+def test_the_side_form_keeps_its_hooks():
+    net = _net()
+    with torch.no_grad(), attached(net, LORAS, form="side") as bank:
+        for row in [*WANT, (0.0, 0.0), *WANT]:
+            bank.row = row
+            if any(row):
+                close(net(*INPUTS), WANT[row])
+                assert hooks(net) == 4
+            else:
+                torch.testing.assert_close(net(*INPUTS), BASE)
+
+
+def test_other_hooks_keep_their_place_after_ours():
+    """One that is there stays after ours, and one that came while ours were off sees the LoRAs' part as well."""
+    net, seen = _net(), {}
+    with torch.no_grad(), attached(net, LORAS, form="rebuilt") as bank:
+        net.a.register_forward_hook(lambda m, args, y: seen.__setitem__("a", y.clone()))
+        for row in WANT:
+            bank.row = row
+            net(*INPUTS)
+        assert (len(net.a._forward_hooks), len(net.b._forward_hooks)) == (2, 0)
+        net.b.register_forward_hook(lambda m, args, y: seen.__setitem__("b", y.clone()))
+        net(*INPUTS)
+        merged = dict(seen)
+        bank.row = [[0.0, 0.7]] * 4
+        net(*INPUTS)
+        assert merged.keys() == seen.keys() == {"a", "b"}
+        for name, value in merged.items():
+            close(seen[name], value)
+    assert (len(net.a._forward_hooks), len(net.b._forward_hooks)) == (1, 1)
+
+
+def test_an_attachment_taken_up_again_counts_again():
+    net = _net()
+    with torch.no_grad(), attached(net, LORAS, form="rebuilt") as bank:
+        for row in WANT:
+            bank.row = row
+            net(*INPUTS)
+    with torch.no_grad(), bank.again():
+        assert hooks(net) == 4
+        bank.row = (1.0, 0.0)
+        close(net(*INPUTS), WANT[1.0, 0.0])
+    assert hooks(net) == 0
