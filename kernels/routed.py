@@ -314,18 +314,14 @@ def routed_picked(
 
     Two operations a LoRA for all m layers, and none to add: a linear layer takes the result as its bias.
     """
-    flat, total, first = x.view(1, -1), None, 1.0  # one token is a view however it lies
-    for down, up, weight in zip(downs, ups, weights, strict=True):
+    flat, total = x.view(1, -1), None  # one token is a view however it lies
+    for i, (down, up, weight) in enumerate(zip(downs, ups, weights, strict=True)):
         h = torch.mm(flat, down).view(up.shape[0], 1, -1)
-        if total is None:
-            total, first = torch.bmm(h, up), weight  # which has no alpha: the next operation weighs both
-        else:
-            total.baddbmm_(h, up, beta=first, alpha=weight)
-            first = 1.0
+        # bmm has no alpha: the operation after it weighs both products.
+        total = torch.bmm(h, up) if i == 0 else total.baddbmm_(h, up, beta=weights[0] if i == 1 else 1, alpha=weight)
     if total is None:
         return None
-    if first != 1.0:
-        total.mul_(first)
+    total = total.mul_(weights[0]) if len(weights) == 1 else total
     return total.view(total.shape[0], -1).unbind()
 
 
