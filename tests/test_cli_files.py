@@ -348,7 +348,7 @@ def test_convert(capsys, shelf, format, dtype, limit):
 
 
 def test_block_weights_are_baked(capsys, shelf):
-    words = ["--blocks", "unet.down_blocks.*=0.5", "--blocks", "*attn2*=-2"]
+    words = ["--block", "unet.down_blocks.*=0.5", "--block", "*attn2*=-2"]
     told(capsys, "convert", "fox:0.5", *words, "-o", "baked.safetensors")
     got, fox = deltas(files.load("baked.safetensors")), deltas(files.load(shelf / "fox.safetensors"))
     for key, delta in fox.items():
@@ -449,7 +449,7 @@ BAD = {
     "dtype": (["convert", "fox", "--dtype", "fp8", *OUT], "unknown --dtype 'fp8'"),
     "folder for a file": (["convert", "fox", "-o", "out", "--format", "kohya"], "ends with .safetensors"),
     "file for a folder": (["convert", "fox", *OUT, "--format", "peft"], "wanted a folder's name"),
-    "blocks": (["convert", "fox", "--blocks", "*attn2*", *OUT], "--blocks '*attn2*': wanted GLOB=FACTOR"),
+    "blocks": (["convert", "fox", "--block", "*attn2*", *OUT], "--block '*attn2*': wanted GLOB=FACTOR"),
     "one checkpoint": (["extract", "XL", "gone.safetensors", *OUT], "no such file or folder"),
     "plot": (["compare", "fox", "robe", "--plot", "a.jpg"], "--plot 'a.jpg': wanted a .png"),
     "fisher out": (["fisher", "fox", "-o", "f.bin"], "is a .safetensors file"),

@@ -121,11 +121,11 @@ def read_weights(text: str | None, loras: Sequence[LoraArgument]) -> list[float]
 def read_blocks(texts: Iterable[str]) -> dict[str, float]:
     """`GLOB=FACTOR` texts in order. Raises ValueError for a factor that is no number."""
     found = {}
-    for glob, value in read_pairs("--blocks", texts, "GLOB=FACTOR, such as '*attn2*=0.5'"):
+    for glob, value in read_pairs("--block", texts, "GLOB=FACTOR, such as '*attn2*=0.5'"):
         try:
             found[glob] = float(value)
         except ValueError:
-            raise ValueError(f"--blocks {glob}={value}: wanted a number after =") from None
+            raise ValueError(f"--block {glob}={value}: wanted a number after =") from None
     return found
 
 

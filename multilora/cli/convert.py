@@ -17,7 +17,8 @@ def convert(
     format: Format = None,
     dtype: Dtype = None,
     blocks: Annotated[
-        list[str] | None, typer.Option(help="GLOB=FACTOR of modules, such as '*attn2*=0.5', baked in; repeat")
+        list[str] | None,
+        typer.Option("--block", help="GLOB=FACTOR of modules, such as '*attn2*=0.5', baked in; repeat"),
     ] = None,
     base: Base = None,
     card: WithCard = False,
