@@ -1,17 +1,18 @@
-"""What the app costs over Composer: pictures through gradio_client by the Compose page's own Draw, with and without
-live preview, against the same pictures by Composer in the client's process.
+"""What the app costs over Composer: pictures through gradio_client by the endpoint for programs, `/compose`, and by
+the Compose page's own Draw, with and without live preview, against the same by Composer in the client's process.
 
     OMP_NUM_THREADS=1 python -m benchmarks.app                  # 30 pictures; on an idle machine
     OMP_NUM_THREADS=1 python -m benchmarks.app 4 --steps 5      # a try
 
 As a module: by its path, this folder would come first and hide the package `kernels`, which transformers looks for.
 
-Every picture is drawn in turn by Composer, page, page with preview, gradio alone, and Composer again. The two Composer
-columns are the same thing twice: their difference (A/A) is what this machine's noise makes of nothing. "gradio alone"
-is an event with the page's inputs and outputs whose picture is there already: what gradio and its client take by
-themselves; the client looks for news 20 times a second and fetches a last picture twice. The page's pictures are
-checked to be Composer's. The server is a process of its own, as it is for whoever uses it. Writes benchmarks/app.md,
-and ends with an error when a bar is missed by more than the A/A.
+Every picture is drawn in turn by Composer, endpoint, page, page with preview, gradio alone, and Composer again. The
+two Composer columns are the same thing twice: their difference (A/A) is what this machine's noise makes of nothing.
+"gradio alone" is an event with the page's inputs and outputs whose picture is there already: what gradio and its
+client take by themselves, which is the same for a short picture and a long one; the client looks for news 20 times a
+second and fetches a last picture twice. The app's pictures are checked to be Composer's. The server is a process of
+its own, as it is for whoever uses it. Writes benchmarks/app.md, and ends with an error when a bar is missed by more
+than the A/A.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ from multilora.web.service import Limits, Service
 from multilora.web.service.guard import launch_options
 
 REPORT = Path(__file__).with_suffix(".md")
-BARS = {"page": 0.05, "page, preview": 0.15}
+BARS = {"endpoint": 0.05, "page": 0.05, "page, preview": 0.15}
 LORAS = {"korv": 0.9, "dotta": 0.8, "palma": 0.8}
 PROMPT = "korv fox in dotta poncho, on palma beach"
-METHOD = "merge"
+METHODS = ("merge", "composite")  # the shortest pictures, and the longest of the usual methods
 GRADIO = "gradio alone"
 
 
@@ -60,11 +61,13 @@ def main() -> None:
     server.start()
     its.close()
     try:
-        times = measured(*channel.recv(), given.pictures, given.steps)
+        server_is = channel.recv()
+        found = [(method, measured(*server_is, method, given.pictures, given.steps)) for method in METHODS]
     finally:
         channel.close()
         server.join()
-    text, missed = told(times, given.steps)
+    parts = [told(method, times, given.steps) for method, times in found]
+    text, missed = "\n\n".join(text for text, _ in parts), [line for _, lines in parts for line in lines]
     print(text)
     if given.pictures >= 30:
         REPORT.write_text(f"# The app over Composer\n\n{machine()}\n\n{text}\n")
@@ -108,7 +111,9 @@ def published(app: Any) -> Any:
     return fn
 
 
-def measured(url: str, controls: list[tuple], threads: int, pictures: int, steps: int) -> dict[str, list[float]]:
+def measured(
+    url: str, controls: list[tuple], threads: int, method: str, pictures: int, steps: int
+) -> dict[str, list[float]]:
     """Seconds of each picture by way of drawing it, the first one of each (warming up) left out."""
     import torch
     from gradio_client import Client
@@ -121,12 +126,16 @@ def measured(url: str, controls: list[tuple], threads: int, pictures: int, steps
         composer.add(name, weight=weight)
 
     def alone(seed: int) -> Any:
-        return composer(PROMPT, method=METHOD, seed=seed, num_inference_steps=steps).images[0]
+        return composer(PROMPT, method=method, seed=seed, num_inference_steps=steps).images[0]
 
     def paged(preview: bool, event: str = "/draw_page") -> Callable[[int], Any]:
-        return lambda seed: client.predict(*values(controls, seed, steps, preview), api_name=event)
+        return lambda seed: client.predict(*values(controls, method, seed, steps, preview), api_name=event)
 
-    ways = {"Composer": alone, "page": paged(False), "page, preview": paged(True),
+    def by_endpoint(seed: int) -> Any:
+        loras = [{"reference": name, "weight": weight} for name, weight in LORAS.items()]
+        return client.predict(PROMPT, loras, method=method, seed=seed, steps=steps, api_name="/compose")
+
+    ways = {"Composer": alone, "endpoint": by_endpoint, "page": paged(False), "page, preview": paged(True),
             GRADIO: paged(False, "/draw_nothing"), "Composer again": alone}  # fmt: skip
     times: dict[str, list[float]] = {way: [] for way in ways}
     for seed in range(pictures + 1):
@@ -142,7 +151,7 @@ def measured(url: str, controls: list[tuple], threads: int, pictures: int, steps
     return times
 
 
-def values(controls: list[tuple], seed: int, steps: int, preview: bool) -> list[Any]:
+def values(controls: list[tuple], method: str, seed: int, steps: int, preview: bool) -> list[Any]:
     """What a browser would send with Draw: every control as it is on the page, but for these."""
     own = {
         "Prompt": PROMPT,
@@ -150,15 +159,15 @@ def values(controls: list[tuple], seed: int, steps: int, preview: bool) -> list[
         "Steps": steps,
         "Live preview": preview,
         "Score it": False,
-        "Method": METHOD,
+        "Method": method,
     }
     loras = [{"reference": name, "weight": weight} for name, weight in LORAS.items()]
     return [loras if elem_id == "ml-loras" else own.get(label, value) for elem_id, label, value in controls]
 
 
 def check(drawn: dict[str, Any], seed: int) -> None:
-    """The page's picture is Composer's, and its file has the recipe. AssertionError else."""
-    for way in ("page", "page, preview"):
+    """The app's picture is Composer's, and its file has the recipe. AssertionError else."""
+    for way in BARS:
         files = [f for f in _paths(drawn[way]) if f.endswith(".png")]
         assert files, f"{way}: no PNG among {drawn[way]!r:.400}"
         assert Recipe.from_png(files[0]).seed == seed
@@ -174,13 +183,13 @@ def _paths(value: Any) -> list[str]:
     return [path for part in parts for path in _paths(part)]
 
 
-def told(times: dict[str, Sequence[float]], steps: int) -> tuple[str, list[str]]:
+def told(method: str, times: dict[str, Sequence[float]], steps: int) -> tuple[str, list[str]]:
     """(a report in Markdown, the bars that are missed by more than the A/A spread)."""
     base = [(a + b) / 2 for a, b in zip(times["Composer"], times["Composer again"], strict=True)]
     low, high = interval(times["Composer"], times["Composer again"])
     spread = max(abs(low), abs(high))
     lines = [
-        f"{len(base)} pictures of 128 x 128, {steps} steps, {len(LORAS)} LoRAs, {METHOD}; seconds a picture.",
+        f"{len(base)} pictures of 128 x 128, {steps} steps, {len(LORAS)} LoRAs, {method}; seconds a picture.",
         "",
         "| way | median | mean | over Composer, with 95% interval | bar |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -201,7 +210,7 @@ def told(times: dict[str, Sequence[float]], steps: int) -> tuple[str, list[str]]
             f"{'A/A' if way == 'Composer again' else '' if bar is None else f'{bar:.0%}'} |"
         )
         if bar is not None and over > bar + spread:
-            missed.append(f"{way}: {over:+.1%}, at most {bar:.0%} was wanted, A/A {spread:.1%}")
+            missed.append(f"{way}, {method}: {over:+.1%}, at most {bar:.0%} was wanted, A/A {spread:.1%}")
     ours = [f"{way} {(fmean(times[way]) - alone) / fmean(base) - 1:+.1%}" for way in BARS]
     lines += ["", f"Without what gradio and its client take by themselves: {', '.join(ours)}."]
     return "\n".join(lines), missed
