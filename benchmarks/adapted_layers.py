@@ -186,7 +186,7 @@ def switch(rounds: int) -> Iterator[Row]:
     before = {n: p.clone() for n, p in model.named_parameters()}
     for form in ("rebuilt", "bank"):
         turn = iter(range(10**9))
-        with attached(model, sets_of(model), form=form) as bank:
+        with attached(model, sets_of(model), form=form, dozing=True) as bank:  # as a composer does
 
             def switched(bank=bank, turn=turn) -> None:
                 bank.row = ONE_HOT[next(turn) % K]

@@ -125,8 +125,10 @@ class Decoding:
 
 
 def measured(ways: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round, the ways in turn; the first is run once more, as "A/A"."""
-    turns = {**ways, "A/A": next(iter(ways.values()))}
+    """Seconds of every round, the ways in turn; the first is run once more, as "A/A", and never follows itself."""
+    names = list(ways)
+    half = len(names) // 2 + 1
+    turns = {name: ways.get(name, ways[names[0]]) for name in (*names[:half], "A/A", *names[half:])}
     found: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, call in turns.items():

@@ -315,14 +315,14 @@ def routed_picked(
     Two operations a LoRA for all m layers, and none to add: a linear layer takes the result as its bias.
     """
     flat, total = x.view(1, -1), None  # one token is a view however it lies
+    early = x.dtype in (torch.float16, torch.bfloat16) or len(weights) == 1
     for i, (down, up, weight) in enumerate(zip(downs, ups, weights, strict=True)):
         h = torch.mm(flat, down).view(up.shape[0], 1, -1)
-        # bmm has no alpha: the operation after it weighs both products.
-        total = torch.bmm(h, up) if i == 0 else total.baddbmm_(h, up, beta=weights[0] if i == 1 else 1, alpha=weight)
-    if total is None:
-        return None
-    total = total.mul_(weights[0]) if len(weights) == 1 else total
-    return total.view(total.shape[0], -1).unbind()
+        if i == 0:  # bmm has no alpha: the operation after it weighs both products, where none can overflow before
+            total = torch.bmm(h * weight if early else h, up)
+        else:
+            total.baddbmm_(h, up, beta=weights[0] if i == 1 and not early else 1, alpha=weight)
+    return None if total is None else total.view(total.shape[0], -1).unbind()
 
 
 def add_folded_conv(

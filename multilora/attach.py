@@ -23,16 +23,15 @@ from torch import Tensor, nn
 from multilora.compiled import Eager
 from multilora.held import holding
 from multilora.lora import Lora
-from multilora.rebuilt import WIDE, Merged, Weight, mergeable, moving, tied_parameters
+from multilora.rebuilt import Merged, Weight, form_of, mergeable, tied_parameters
 from multilora.rebuilt_many import Many, rebuilt_at_once
 from multilora.routing import Asked
 from multilora.side import Branch, Row, branches_of
-from multilora.sites import Site, nearest, quantised, sites_of
+from multilora.sites import Site, sites_of
 from multilora.takeover import disabled, loaded
 
 __all__ = ["Bank", "attached", "loaded"]
 
-FORMS = ("auto", "side", "rebuilt", "bank")
 _KEPT_ROWS, _KEPT_BYTES = 64, 256 << 20  # rows whose folded factors are kept, and the size of these at most
 
 
@@ -73,13 +72,15 @@ class Bank:
            Asked (multilora.routing) also sees what each LoRA alone would add there
     form   "side", "rebuilt" or "bank": what a [k] row uses
     paths  the adapted modules, in the model's order
-    calls  path -> calls since `reset_calls()`; merged weights are counted until the row is set after a call
+    calls  path -> calls since `reset_calls()`; when dozing, those that no hook was needed for are not all counted
     """
 
     def __init__(
-        self, model: nn.Module, sites: list[Site], k: int, form: str, bank_bytes: int, optional: Sequence[str] = ()
-    ):
+        self, model: nn.Module, sites: list[Site], k: int, form: str, bank_bytes: int, optional: Sequence[str] = (),
+        dozing: bool = False,
+    ):  # fmt: skip
         self.model, self.sites, self.k, self.form, self.bank_bytes = model, sites, k, form, bank_bytes
+        self.dozing = dozing
         self.paths = tuple(site.path for site in sites)
         self.optional = frozenset(optional)
         self.calls: dict[str, int] = dict.fromkeys(self.paths, 0)
@@ -121,9 +122,8 @@ class Bank:
     def gate(self, gate: Callable[[str, Tensor], Tensor] | None) -> None:
         if gate is not None and not callable(gate):
             raise ValueError(f"gate: wanted None or a callable (path, x) -> row, got {type(gate).__name__}")
-        if gate is not self._gate:
-            self._gate = gate
-            self._settle()
+        self._gate = gate
+        self._settle()
 
     def _read(self, value: Any) -> Row | Tensor:
         if isinstance(value, Tensor):
@@ -173,6 +173,7 @@ class Bank:
         self._inside = hasattr(self._gate, "inside")
 
     def _hook(self, site: Site, first: bool = False) -> None:
+        self._drop(site)
         hook, module = _Hook(self, site, self._branches[site]), site.module
         inside = getattr(self._gate, "inside", None)  # a gate that can do without hooks: multilora.token_route
         placed = None if inside is None else inside(hook, module)
@@ -180,8 +181,9 @@ class Bank:
 
     def _doze(self) -> None:
         """Off with hooks that would only count calls, once they have: with one torch calls a module 6 us slower."""
-        for site in list(self._hooks):
-            if self.calls[site.path] and len(site.module._forward_hooks) == 1:
+        own = [s for s in self._hooks if self.calls[s.path] and len(s.module._forward_hooks) == 1]
+        if own and not Eager(self.model).compiled:  # a graph traced now would not ask for hooks that come later
+            for site in own:
                 self._hooks.pop(site).remove()
 
     def _wake(self) -> None:
@@ -198,20 +200,31 @@ class Bank:
     def _unhook(self) -> None:
         while self._hooks:
             self._hooks.popitem()[1].remove()
-        for site in self.sites:  # one that an interrupt cut off from its handle
-            own = [key for key, hook in site.module._forward_hooks.items() if getattr(hook, "bank", None) is self]
-            for key in own:
-                site.module._forward_hooks.pop(key)
-                site.module._forward_hooks_with_kwargs.pop(key, None)
-            if getattr(site.module.__dict__.get("forward"), "bank", None) is self:
-                del site.module.__dict__["forward"]
+        for site in self.sites:
+            self._drop(site)
+
+    def _drop(self, site: Site) -> None:
+        """Off with a hook that an interrupt cut off from its handle."""
+        module = site.module
+        for key in [key for key, hook in module._forward_hooks.items() if getattr(hook, "bank", None) is self]:
+            module._forward_hooks.pop(key)
+            module._forward_hooks_with_kwargs.pop(key, None)
+        if getattr(module.__dict__.get("forward"), "bank", None) is self:
+            del module.__dict__["forward"]
 
     def _settle(self) -> None:
         """Bring the weights and the hooks in line with the row and the gate."""
         row = self._row
         plain = self._gate is None and (row is None or (isinstance(row, Row) and not row.per_sample))
         acts = plain and row is not None and not row.zero
-        self._exchange(row if acts and self._weights else None)
+        idle = self.dozing and plain and (not acts or len(self._weights) == len(self.sites))
+        if not idle:
+            self._wake()
+        try:
+            self._exchange(row if acts and self._weights else None)
+        except BaseException:
+            self._wake()  # what is not in the weights is added by the hooks
+            raise
         if self.eager.compiled:
             side = not plain or (acts and len(self._weights) < len(self.sites))
             if side != self.eager.on:
@@ -219,10 +232,8 @@ class Bank:
                 self.place()
         if self._inside != hasattr(self._gate, "inside"):
             self.place()
-        if plain and (not acts or len(self._weights) == len(self.sites)):
+        if idle:
             self._doze()
-        else:
-            self._wake()
 
     def _exchange(self, row: Row | None) -> None:
         """The merged weights of a [k] row in place, or with None the base weights."""
@@ -300,6 +311,7 @@ class Bank:
         with holding(self.model, self.sites), disabled(self.model):
             try:
                 self.place()
+                self.reset_calls()
                 yield self
             finally:
                 try:
@@ -326,24 +338,6 @@ class Bank:
         self._rows.clear()
 
 
-def _form(form: str, model: nn.Module, sites: Sequence[Site]) -> str:
-    if form not in FORMS:
-        raise ValueError(f"form {form!r}: wanted one of {', '.join(FORMS)}{nearest(str(form), FORMS)}")
-    why = moving(model)
-    if form in ("rebuilt", "bank"):
-        if why:
-            raise ValueError(f"form {form!r}: {why}, so its weights cannot be exchanged; use form='side' or 'auto'")
-        for site in sites:
-            if what := quantised(site.module):
-                raise ValueError(f"form {form!r}: {site.path} is a quantised {what}; use form='side' or 'auto'")
-        return form
-    if form == "auto" and not why and sites:
-        tied = tied_parameters(model)
-        if all(mergeable(site, tied) and site.module.weight.dtype in WIDE for site in sites):
-            return "rebuilt"
-    return "side"
-
-
 @contextlib.contextmanager
 def attached(
     model: nn.Module,
@@ -354,6 +348,7 @@ def attached(
     blocks: Sequence[Mapping[str, float] | None] | None = None,
     bank_bytes: int = 2 << 30,
     optional: Sequence[str] = (),
+    dozing: bool = False,
 ) -> Iterator[Bank]:
     """The LoRAs on `model` for the length of a block; yields the Bank, whose row starts at zero (the base model).
 
@@ -363,6 +358,8 @@ def attached(
     blocks      per LoRA None or {module path or glob: factor}; see multilora.sites.block_factors
     bank_bytes  budget of the bank form; a set beyond it is rebuilt at each change of row
     optional    paths that a forward may leave out
+    dozing      hooks come off while the weights hold the row, after each was called once. Faster; not for a block in
+                which the model is compiled: a graph traced meanwhile ignores them when they are back
 
     LoRAs that PEFT or diffusers loaded into `model` are switched off meanwhile. However the block ends, weights (their
     bytes), hooks and adapters are those from before.
@@ -380,7 +377,7 @@ def attached(
     bank: Bank | None = None
     with holding(model, sites), disabled(model):
         try:
-            bank = Bank(model, sites, len(loras), _form(form, model, sites), bank_bytes, optional)
+            bank = Bank(model, sites, len(loras), form_of(form, model, sites), bank_bytes, optional, dozing)
             bank.place()
             yield bank
         finally:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from multilora.side import Branch, Row, Stack
-from multilora.sites import Site
+from multilora.sites import Site, nearest, quantised
 
+FORMS = ("auto", "side", "rebuilt", "bank")
 WIDE = (torch.float32, torch.float64)
 Merged = tuple[Tensor, Tensor | None]  # weight, and bias where a LoRA has one
 _AWAY: dict[int, Tensor] = {}  # id of a parameter that holds merged numbers -> its own numbers
@@ -63,6 +65,25 @@ def moving(model: nn.Module) -> str:
         if parameter.device.type == "meta":
             return f"{name} is on the meta device"
     return ""
+
+
+def form_of(form: str, model: nn.Module, sites: Sequence[Site]) -> str:
+    """The form that "auto" stands for, or the one asked for. Raises ValueError where the model cannot have it."""
+    if form not in FORMS:
+        raise ValueError(f"form {form!r}: wanted one of {', '.join(FORMS)}{nearest(str(form), FORMS)}")
+    why = moving(model)
+    if form in ("rebuilt", "bank"):
+        if why:
+            raise ValueError(f"form {form!r}: {why}, so its weights cannot be exchanged; use form='side' or 'auto'")
+        for site in sites:
+            if what := quantised(site.module):
+                raise ValueError(f"form {form!r}: {site.path} is a quantised {what}; use form='side' or 'auto'")
+        return form
+    if form == "auto" and not why and sites:
+        tied = tied_parameters(model)
+        if all(mergeable(site, tied) and site.module.weight.dtype in WIDE for site in sites):
+            return "rebuilt"
+    return "side"
 
 
 class Weight:

@@ -86,7 +86,8 @@ class _Inside:
 
     def _ready(self) -> _Ready | None:
         layer = self.router.ready.get(self.hook.branch)
-        return layer if layer is not None and layer.low and not layer.head else None
+        fast = layer is not None and layer.low and not layer.head and layer.device.type == "cpu"
+        return layer if fast else None
 
     def remove(self) -> None:
         if self.module.__dict__.get("forward") is self:

@@ -267,6 +267,7 @@ def composing(
                 component=component,
                 form=form,
                 blocks=[dict(m.blocks) or None for m in members],
+                dozing=True,
             )
         )
         branch = stack.enter_context(cached(denoiser, cache))

@@ -174,6 +174,7 @@ def composing_text(
                 blocks=[dict(m.blocks) or None for m in members],
                 # a router may leave out an expert
                 optional=[path for m in members for path in map(canonical, m.lora) if ".experts." in path],
+                dozing=True,
             )
         )
         conductor = TextConductor(model, bank, members, requests, bound, cancel)

@@ -72,7 +72,18 @@ def test_loras_that_the_host_picks_are_those_picked_by_index(layers):
         want = sum(w * ups[i][n].T @ (downs[i].T.unflatten(0, (layers, -1))[n] @ x.flatten())
                    for i, w in zip(picks, weights, strict=True))  # fmt: skip
         torch.testing.assert_close(delta, want, rtol=1e-12, atol=1e-12)
+    for n, delta in enumerate(kernels.routed_picked(x, [downs[2]], [ups[2]], [-0.5])):
+        want = -0.5 * ups[2][n].T @ (downs[2].T.unflatten(0, (layers, -1))[n] @ x.flatten())
+        torch.testing.assert_close(delta, want, rtol=1e-12, atol=1e-12)
     assert kernels.routed_picked(x, [], [], []) is None
+
+
+@pytest.mark.parametrize("weights", [[0.1], [0.1, 0.05], [0.05, 0.1]])
+def test_a_pick_that_is_large_before_its_weight_does_not_overflow(weights):
+    x, down, up = (torch.full(s, v, dtype=torch.float16) for s, v in (((1, 1, 8), 30), ((8, 4), 3), ((1, 4, 5), 40)))
+    (got,) = kernels.routed_picked(x, [down] * len(weights), [up] * len(weights), weights)
+    want = sum(weights) * 4 * 40 * 8 * 30 * 3
+    torch.testing.assert_close(got.float(), torch.full((5,), want), rtol=2e-3, atol=0)
 
 
 def test_experts_that_no_token_picks_are_not_read():

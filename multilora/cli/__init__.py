@@ -36,6 +36,7 @@ from multilora.cli.score import score
 from multilora.cli.search import search
 from multilora.cli.train import train
 from multilora.cli.world import world
+from multilora.cli.ziplora import train_ziplora  # noqa: F401  (a command of `train`)
 
 app = typer.Typer(
     name="multilora",

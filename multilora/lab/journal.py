@@ -23,7 +23,8 @@ class Journal:
     """Finished pieces by key.
 
     Each line says under `ran` when and on what it was measured, and the seconds (wall, CPU) since this process's line
-    before it: what an experiment trains on the way counts to the line that needed it.
+    before it: what an experiment trains on the way counts to the line that needed it, and where several come from one
+    batch the first has all of its time.
     """
 
     def __init__(self, path: Path) -> None:

@@ -19,6 +19,7 @@ from multilora.chosen import Row
 from multilora.lab.objectives import gradients, weighed
 from multilora.lab.train.cache import latents_of
 from multilora.lab.train.data import Example, read_folder
+from multilora.lab.train.lora import native_size
 from multilora.lab.train.loss import Family, family_of_pipeline
 from multilora.lab.train.observed import self_drawn
 from multilora.lab.train.seeds import mixed_seed
@@ -69,7 +70,7 @@ def reference_loss(
     LoRAs cannot be trained for.
     """
     family = family_of_pipeline(pipe)
-    size = size or _side(pipe, family)
+    size = size or native_size(pipe, family)
     examples: list[Example] = read_folder(data, size=size)
     latents = latents_of(pipe, family, examples, size).mean
     return Matched(pipe, family, _noised(pipe, family, latents, [e.caption for e in examples], draws, seed),
@@ -99,7 +100,7 @@ def own_predictions(
     family = family_of_pipeline(pipe)
     if len(prompts) != len(loras) or not all(prompts):
         raise ValueError(f"own predictions: prompts for {sum(map(bool, prompts))} of {len(loras)} LoRAs, wanted all")
-    size, cases = size or _side(pipe, family), []
+    size, cases = size or native_size(pipe, family), []
     for i, (lora, own) in enumerate(zip(loras, prompts, strict=True)):
         with _rested(pipe), composing(pipe, [lora]):
             latents, captions = self_drawn(pipe, family, own, len(own), steps, size, mixed_seed(seed, i))
@@ -138,10 +139,6 @@ def _predicted(pipe: Any, family: Family, cases: Sequence[Case]) -> Tensor:
 
 def _models(pipe: Any, family: Family) -> dict[str | None, Any]:
     return {name: getattr(pipe, name) for name in (*family.encoders, family.denoiser) if getattr(pipe, name, None)}
-
-
-def _side(pipe: Any, family: Family) -> int:
-    return int(getattr(pipe, family.denoiser).config.sample_size * pipe.vae_scale_factor)
 
 
 @contextlib.contextmanager

@@ -236,7 +236,8 @@ def _sum(entries: Sequence[Mapping[str, Any]], field: str) -> int:
 
 def _generic(entries: Sequence[Mapping[str, Any]]) -> str:
     pairs = [e["generic"] for e in entries if "generic" in e]
-    return share(sum(p[0] for p in pairs), sum(p[1] for p in pairs))
+    found, asked = (sum(p[i] for p in pairs) for i in (0, 1))
+    return "none is asked for" if pairs and not asked else share(found, asked)
 
 
 def _clip(entries: Sequence[Mapping[str, Any]]) -> str:

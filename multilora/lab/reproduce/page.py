@@ -13,7 +13,7 @@ from multilora.lab.reproduce.systems import html_page, summary
 from multilora.method import unknown
 from multilora.recipe import save_png
 
-# name -> first parts of its keys in its journal
+# name -> first parts of its keys in its journal; with lines of the first one it counts as measured
 NAMES = {"lora": ("lora",), "addition": ("addition",), "negation": ("negation",), "analogy": ("analogy",),
          "arithmetic_pictures": ("negation", "analogy"), "few_shot": ("few_shot",), "lorahub_text": ("lorahub",),
          "loramoe": ("loramoe",), "token_switch": ("token_switch",), "mole": ("picture",), "fisher_text": ("fisher",),
@@ -56,9 +56,9 @@ def reproduce(
     folder = Path(docs) / "text"
     work = folder / "work" if work is None else Path(work)
     bench = Bench.embedded(folder / "report.jsonl", work, *(() if size is None else (size,)), echo=echo)
-    restart_clock()
     for one in found:
         echo(one.title)
+        restart_clock()
         one.measure(bench)
     return write(bench.journal, Path(docs))
 
@@ -71,7 +71,7 @@ def lines(one: Experiment, journal: Journal) -> list[dict[str, Any]]:
 
 def measured(journal: Journal) -> list[Experiment]:
     """The experiments that have results."""
-    return [one for one in map(experiment, NAMES) if lines(one, journal)]
+    return [one for one in map(experiment, NAMES) if one.where(journal).of(NAMES[one.name][0])]
 
 
 def times(journal: Journal) -> list[tuple[str, ...]]:

@@ -179,6 +179,21 @@ def frozen(lora: Lora) -> Lora:
     return Lora({key: still(part) for key, part in lora.items()}, lora.card)
 
 
+def read_set(loras: Sequence[Any], pipe: Any) -> tuple[list[Lora], list[Any]]:
+    """Paths, library names or Loras as frozen Loras that fit the pipeline, and the library's entry of each or None."""
+    found, entries = [], []
+    for lora in loras:
+        entry = None
+        if isinstance(lora, Lora):
+            files.fits(lora, pipe)
+        else:
+            path, entry = find_lora(lora)
+            lora = files.load(path, base=pipe, name=entry["name"] if entry else None)
+        found.append(frozen(lora))
+        entries.append(entry)
+    return found, entries
+
+
 class Pictures:
     """What a gate learns from on a diffusion pipeline: predictions at fixed noisy latents, and what they should be.
 
@@ -195,16 +210,7 @@ class Pictures:
         self.pipe = load_pipeline(str(base)) if isinstance(base, (str, Path)) else base
         self.family = family_of_pipeline(self.pipe)
         self.component, self.model = self.family.denoiser, getattr(self.pipe, self.family.denoiser)
-        self.loras, entries = [], []
-        for lora in loras:
-            entry = None
-            if isinstance(lora, Lora):
-                files.fits(lora, self.pipe)
-            else:
-                path, entry = find_lora(lora)
-                lora = files.load(path, base=self.pipe, name=entry["name"] if entry else None)
-            self.loras.append(frozen(lora))
-            entries.append(entry)
+        self.loras, entries = read_set(loras, self.pipe)
         drawn = {"draws": s["draws"], "size": s["size"], "seed": s["seed"]}
         if data is not None:
             self.what, self.cases = "noisy reference pictures", reference_loss(self.pipe, data, **drawn).cases
