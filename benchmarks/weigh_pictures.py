@@ -1,4 +1,4 @@
-"""LoRAHub and learned weights against the best Merge of a grid of weights, on the embedded world's test split.
+"""LoRAHub, learned weights and ZipLoRA against the best Merge of a grid of weights: embedded world, test split.
 
     python benchmarks/weigh_pictures.py JOURNAL [--k 2,3,4,5] [--sets 6] [--pictures 200] [--budget 40] [--table]
     python benchmarks/weigh_pictures.py JOURNAL --part 1 --parts 2 [--device cuda --batch 34]    # one of two processes
@@ -7,10 +7,10 @@
 seeds are those of multilora.lab.reproduce.mole, whose table shows these beside its own.
 
 For every set of test-split LoRAs: weights by grid, LoRAHub and learning, from search prompts and seeds alone (CLIP and
-recogniser A; learned: each LoRA's own predictions). Then pictures of the report's held-out prompts and seeds, which no
-search sees, are judged by recogniser B. "merge, grid" is chosen by the same score, prompts and seeds as LoRAHub;
-"merge, best grid weight by B" takes, over all pictures, the grid's weight that B likes best: a limit that no honest
-choice reaches. The journal is one line per finished piece; run again to go on.
+recogniser A; learned and ZipLoRA: each LoRA's own predictions). Then pictures of the report's held-out prompts and
+seeds, which no search sees, are judged by recogniser B. "merge, grid" is chosen by the same score, prompts and seeds
+as LoRAHub; "merge, best grid weight by B" takes, over all pictures, the grid's weight that B likes best: a limit that
+no honest choice reaches. The journal is one line per finished piece; run again to go on.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from multilora.lab.objectives_pictures import PictureScore, clip_and_presence
 from multilora.lab.reproduce.bench import mean_interval
 from multilora.lab.reproduce.mole import CHUNK, GRID, MOST, SHARED, STEPS, Bench, best_of_grid, shared_out
 from multilora.lab.search import own_prompts, search_prompts
+from multilora.lab.train.ziplora import train
 from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
 from multilora.lab.world.report import composed_scene
@@ -32,6 +33,7 @@ from multilora.pipelines.load import library
 
 SEARCH_SEEDS = (700_000, 700_001)  # the report's pictures have seeds from 0
 GRID_CHOSEN, HUB, SIMPLEX, FREE = "merge, grid", "lorahub", "learned, simplex per layer", "learned, free per layer"
+ZIP = "ziplora"
 
 
 def unseen_prompts(entries, chosen):
@@ -90,6 +92,11 @@ def measure(bench, chosen, args, count):
     bench.cell(SHARED, chosen, count, loras, [1 / k] * k)
     for name, weights in found.items():
         bench.cell(name, chosen, count, [ml.merge(loras, weights)], [1.0], setting=setting)
+    if bench.left(ZIP, chosen, count, str(args.zip_steps)):
+        path = bench.work / "zipped" / f"{'+'.join(chosen)}_{args.zip_steps}.safetensors"
+        if not path.is_file():
+            train(chosen, bench.pipe, path, steps=args.zip_steps, echo=print)
+        bench.cell(ZIP, chosen, count, [ml.load(path, base=bench.pipe)], [1.0], setting=str(args.zip_steps))
     print(f"{'+'.join(chosen)}: done", flush=True)
 
 
@@ -103,9 +110,9 @@ def interval(found, asked):
 def table(journal):
     print("# Weights for pictures: a grid, LoRAHub, learning\n\nMade by `python benchmarks/weigh_pictures.py`.\n\n"
           "Merge of k test-split LoRAs of the embedded world, held-out prompts and seeds, recogniser B. `merge, "
-          "grid`, LoRAHub and learning saw other prompts and seeds, CLIP and recogniser A only; the last row's "
-          "weight was chosen afterwards, by B. The search begins at .8 and has 40 evaluations, the grid 6. Intervals "
-          "in the table take elements as independent, those below it the sets.")  # fmt: skip
+          "grid`, LoRAHub, learning and ZipLoRA saw other prompts and seeds, CLIP and recogniser A only; the last "
+          "row's weight was chosen afterwards, by B. The search begins at .8 and has 40 evaluations, the grid 6. "
+          "Intervals in the table take elements as independent, those below it the sets.")  # fmt: skip
     kept = [e for e in journal.of("picture") if not e["cell"].startswith(("mole", "no LoRA"))]
     for k in sorted({e["k"] for e in kept}):
         cells = {}
@@ -129,7 +136,7 @@ def table(journal):
                 clip = [score for e in entries for score in e.get("clip", ())]
                 row.append(f"{sum(clip) / len(clip):.1f}" if clip else "")
             print(f"| {' | '.join(row)} |")
-        against(cells, (HUB, FREE), GRID_CHOSEN)
+        against(cells, (HUB, FREE, ZIP), GRID_CHOSEN)
         if best:
             against(cells, (HUB,), best)
 
@@ -162,8 +169,9 @@ def main():
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
     parser.add_argument("--k", default="2,3,4,5")
     parser.add_argument("--device", default="cpu")
-    for name, default in (("pictures", 200), ("budget", 40), ("sets", 6), ("steps", STEPS), ("search-steps", 12),
-                          ("learn-steps", 60), ("batch", CHUNK), ("part", 1), ("parts", 1)):  # fmt: skip
+    numbers = {"pictures": 200, "budget": 40, "sets": 6, "steps": STEPS, "search-steps": 12, "learn-steps": 60,
+               "zip-steps": 100, "batch": CHUNK, "part": 1, "parts": 1}  # fmt: skip
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     if not args.table:
