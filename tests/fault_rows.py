@@ -177,11 +177,11 @@ def rows() -> list[Row]:
              "test_batch_ray.py::test_driver_and_workers_killed_in_turn")),
         Row(38, "A full, failing or read-only disk; an output over an input", "Make room, or give another place; then "
             "run the same command again.", [*r.saves(), *[c for c in r.batches() if "folder with" not in c.name]],
-            ("test_batch.py::test_a_full_disk_under_the_journal",)),
+            ("test_batch_disks.py::test_a_full_disk_under_the_journal",)),
         Row(39, "A batch that goes on under another plan; a torn journal", "Give another --out, or the recipes and "
             "settings of before. A torn journal is made again from the pictures.",
             [c for c in r.batches() if "folder with" in c.name],
-            ("test_batch.py::test_a_torn_journal_is_made_again_from_the_pictures",
+            ("test_batch_disks.py::test_a_torn_journal_is_made_again_from_the_pictures",
              "test_batch.py::test_order_shards_and_grouping_change_no_picture")),
         Row(40, "A worker of a server that dies or hangs; a server that is full", "Ask again, in a minute where it "
             "says so.", [*[c for c in r.queues() if not c.name.startswith("session")], *r.workers()],

@@ -13,6 +13,14 @@ from typing import Any
 
 from PIL import Image
 
+GREY = [Image.new("RGB", (24, 16), (level,) * 3) for level in range(0, 256, 20)]
+
+
+def brighter(asked, number=0):
+    """A judge without bias: the brighter picture wins."""
+    a, b = (picture.convert("L").getpixel((3, 3)) for picture in asked.pictures)
+    return f"One is brighter.\nVERDICT: {'TIE' if a == b else 'A' if a > b else 'B'}"
+
 
 class Asked:
     """One question as the server got it."""

@@ -6,7 +6,7 @@ import torch
 from multilora.pipelines.composing import composing, member
 from multilora.pipelines.guider import MultiLoraGuider
 from tests import handloop, modular, scene, tiny
-from tests.test_caching import (
+from tests.cache_copies import (
     ALWAYS,
     METHODS,
     STEPS,

@@ -16,9 +16,8 @@ from multilora.lab.score.judge import Judge, Verdict
 from multilora.lab.score.judge_http import Endpoint
 from multilora.lab.score.record import resolve
 from multilora.recipe import LoraUse, Recipe, save_png
-from tests.judge_server import serving
+from tests.judge_server import brighter, serving
 from tests.test_cli import call
-from tests.test_score_judge import brighter
 
 
 def recipe(method="merge", seed=1, prompt="a fox", weights=(1.0, 1.0), **more):

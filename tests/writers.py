@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests import tiny, tiny_more
+from tests.handupdates import _lycoris_update, f64, hand_dora, hand_loha, hand_lokr, hand_lora
+from tests.native_names import _prefix, native
 
 _TEXT = ("layers.1.self_attn.q_proj", "layers.0.mlp.fc1")
 _T5 = ("SelfAttention.k", "DenseReluDense.wo")
@@ -95,65 +97,11 @@ def canonical(component: str, path: str) -> str:
     return f"{component}.{path}" if component else path
 
 
-def f64(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to(torch.float64).numpy()
-
-
 def randomise(parameters, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in parameters:
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-
-
-# -- by hand --------------------------------------------------------------------------------------------------------
-
-
-def hand_lora(down, up, scale: float, shape) -> np.ndarray:
-    down, up = f64(down), f64(up)
-    out = np.zeros((up.shape[0], down[0].size))
-    for r in range(down.shape[0]):
-        out += np.outer(up[:, r].ravel(), down[r].ravel())
-    return (scale * out).reshape(shape)
-
-
-def hand_core(core, left, right) -> np.ndarray:
-    """sum over i, j of core[i, j, k..] left[i, o] right[j, c] as [o, c, k..]"""
-    half = np.tensordot(f64(left).T, f64(core), 1)  # [o, j, k..]
-    return np.moveaxis(np.tensordot(half, f64(right), ([1], [0])), -1, 1)
-
-
-def hand_loha(p: dict, scale: float, shape) -> np.ndarray:
-    if p.get("t1") is not None:
-        one, two = (hand_core(p[f"t{i}"], p[f"w{i}_a"], p[f"w{i}_b"]) for i in (1, 2))
-        return (scale * one * two).reshape(shape)
-    return (scale * (f64(p["w1_a"]) @ f64(p["w1_b"])) * (f64(p["w2_a"]) @ f64(p["w2_b"]))).reshape(shape)
-
-
-def hand_lokr(p: dict, scale: float, shape) -> np.ndarray:
-    one = f64(p["w1"]) if p.get("w1") is not None else f64(p["w1_a"]) @ f64(p["w1_b"])
-    if p.get("w2") is not None:
-        two = f64(p["w2"])
-    elif p.get("t2") is not None:
-        two = hand_core(p["t2"], p["w2_a"], p["w2_b"])
-    else:
-        two = f64(p["w2_a"]) @ f64(p["w2_b"])
-    two = two.reshape(two.shape[0], shape[1] // one.shape[1], *shape[2:])
-    whole = np.zeros(shape)
-    for i in range(one.shape[0]):
-        for j in range(one.shape[1]):
-            rows = slice(i * two.shape[0], (i + 1) * two.shape[0])
-            whole[rows, j * two.shape[1] : (j + 1) * two.shape[1]] = one[i, j] * two
-    return scale * whole
-
-
-def hand_dora(weight, delta: np.ndarray, magnitude: np.ndarray, *, per_output: bool, eps: float = 0.0) -> np.ndarray:
-    weight = f64(weight)
-    new, whole = weight + delta, np.zeros_like(weight)
-    for i in range(weight.shape[0] if per_output else weight.shape[1]):
-        at = i if per_output else (slice(None), i)
-        whole[at] = magnitude.ravel()[i] * new[at] / (np.sqrt((new[at] ** 2).sum()) + eps) - weight[at]
-    return whole
 
 
 # -- PEFT and diffusers ---------------------------------------------------------------------------------------------
@@ -248,16 +196,6 @@ def diffusers(family, folder):
 # -- lycoris-lora ---------------------------------------------------------------------------------------------------
 
 
-def _prefix(family: str, component: str) -> str:
-    """As lycoris.kohya and sd-scripts name components; FLUX's T5 is their third text encoder."""
-    if family == "flux" and component == "text_encoder_2":
-        return "lora_te3"
-    one = {"sd15": "lora_te"}.get(family, "lora_te1")
-    return {"text_encoder": one, "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3", "": "lycoris"}.get(
-        component, "lora_unet"
-    )
-
-
 def _lycoris(family, folder, algorithm, *, rank=2, alpha=ALPHA, decomposed="", norms=False, dtype=None, **options):
     """decomposed: "out" or "in" for DoRA with the norm over each output's or each input's weights."""
     base, found = modules(family)
@@ -289,30 +227,6 @@ def _lycoris(family, folder, algorithm, *, rank=2, alpha=ALPHA, decomposed="", n
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "a.safetensors",
               {"ss_network_module": "lycoris.kohya", "ss_network_dim": str(rank)})  # fmt: skip
     return folder / "a.safetensors", want, base
-
-
-def _lycoris_update(own: dict, layer: nn.Module, decomposed: str) -> np.ndarray:
-    shape, alpha = layer.weight.shape, float(own["alpha"]) if "alpha" in own else 0.0
-    if "diff" in own or "w_norm" in own:
-        return f64(own.get("diff", own.get("w_norm"))).reshape(shape)
-    if "lora_up.weight" in own:
-        scale = alpha / own["lora_down.weight"].shape[0]
-        if "lora_mid.weight" in own:
-            up, down = own["lora_up.weight"].flatten(1).T, own["lora_down.weight"].flatten(1)
-            delta = scale * hand_core(own["lora_mid.weight"], up, down)
-        else:
-            delta = hand_lora(own["lora_down.weight"], own["lora_up.weight"], scale, shape)
-    elif "hada_w1_a" in own:
-        short = {k.removeprefix("hada_"): v for k, v in own.items()}
-        delta = hand_loha(short, alpha / own["hada_w1_b"].shape[0], shape)
-    else:
-        short = {k.removeprefix("lokr_"): v for k, v in own.items()}
-        ranks = [own[k].shape[0] for k in ("lokr_w1_b", "lokr_w2_b") if k in own]
-        delta = hand_lokr(short, alpha / ranks[0] if ranks else 1.0, shape)
-    if not decomposed:
-        return delta
-    eps = float(np.finfo(np.float32).eps)
-    return hand_dora(layer.weight, delta, f64(own["dora_scale"]), per_output=decomposed == "out", eps=eps)
 
 
 def locon(family, folder, **more):
@@ -360,68 +274,6 @@ def full(family, folder):
 
 
 # -- the authors' own names, as sd-scripts, musubi-tuner and ComfyUI write them -------------------------------------
-
-_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
-           "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
-
-
-def stable_diffusion(path: str, layers: int) -> str:
-    """A U-Net layer's name in the code of Stable Diffusion (ldm, sgm), from its name in diffusers."""
-    if path == "conv_in":
-        return "input_blocks.0.0"
-    side, rest = path.split(".", 1)
-    if side == "mid_block":
-        kind, n, rest = rest.split(".", 2)
-        return f"middle_block.{2 * int(n) if kind == 'resnets' else 1}.{_RESNET.get(rest, rest)}"
-    block, kind, n, rest = rest.split(".", 3)
-    block, n = int(block), int(n)
-    if side == "down_blocks":
-        if kind == "downsamplers":
-            return f"input_blocks.{(layers + 1) * (block + 1)}.0.op"
-        return f"input_blocks.{(layers + 1) * block + n + 1}.{int(kind == 'attentions')}.{_RESNET.get(rest, rest)}"
-    return f"output_blocks.{(layers + 1) * block + n}.{int(kind == 'attentions')}.{_RESNET.get(rest, rest)}"
-
-
-_FLUX = {
-    "double_blocks.0.img_attn.qkv": ("transformer_blocks.0.attn", ("to_q", "to_k", "to_v")),
-    "double_blocks.0.txt_attn.qkv": ("transformer_blocks.0.attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
-    "double_blocks.0.img_attn.proj": ("transformer_blocks.0.attn.to_out.0", ()),
-    "double_blocks.0.txt_attn.proj": ("transformer_blocks.0.attn.to_add_out", ()),
-    "double_blocks.0.img_mlp.0": ("transformer_blocks.0.ff.net.0.proj", ()),
-    "double_blocks.0.txt_mlp.2": ("transformer_blocks.0.ff_context.net.2", ()),
-    "single_blocks.1.linear1": ("single_transformer_blocks.1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
-    "single_blocks.1.linear2": ("single_transformer_blocks.1.proj_out", ()),
-    "img_in": ("x_embedder", ()),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear", "swapped"),
-}
-_SD3 = {
-    "joint_blocks.0.x_block.attn.qkv": ("transformer_blocks.0.attn", ("to_q", "to_k", "to_v")),
-    "joint_blocks.0.context_block.attn.qkv": ("transformer_blocks.0.attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
-    "joint_blocks.0.x_block.attn.proj": ("transformer_blocks.0.attn.to_out.0", ()),
-    "joint_blocks.0.context_block.attn.proj": ("transformer_blocks.0.attn.to_add_out", ()),
-    "joint_blocks.0.x_block.mlp.fc1": ("transformer_blocks.0.ff.net.0.proj", ()),
-    "joint_blocks.0.context_block.mlp.fc2": ("transformer_blocks.0.ff_context.net.2", ()),
-    "joint_blocks.0.x_block.adaLN_modulation.1": ("transformer_blocks.0.norm1.linear", ()),
-    "joint_blocks.1.context_block.adaLN_modulation.1": ("transformer_blocks.1.norm1_context.linear", "swapped"),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear", "swapped"),
-}
-_ZIMAGE = {
-    "layers.1.attention.qkv": ("layers.1.attention", ("to_q", "to_k", "to_v")),
-    "context_refiner.0.attention.qkv": ("context_refiner.0.attention", ("to_q", "to_k", "to_v")),
-    "layers.1.attention.out": ("layers.1.attention.to_out.0", ()),
-    "layers.0.feed_forward.w2": ("layers.0.feed_forward.w2", ()),
-    "layers.0.adaLN_modulation.0": ("layers.0.adaLN_modulation.0", ()),
-    "noise_refiner.0.feed_forward.w1": ("noise_refiner.0.feed_forward.w1", ()),
-    "x_embedder": ("all_x_embedder.2-1", ()),
-    "final_layer.linear": ("all_final_layer.2-1.linear", ()),
-}
-
-
-def native(family: str, module: nn.Module, paths: list[str]) -> dict[str, tuple]:
-    """name in the authors' code -> (path, leaves of a fused projection or "swapped")"""
-    if family in ("sd15", "sdxl"):
-        return {stable_diffusion(path, module.config.layers_per_block): (path, ()) for path in paths}
-    return {"flux": _FLUX, "sd3": _SD3, "zimage": _ZIMAGE}.get(family) or {path: (path, ()) for path in paths}
 
 
 def _spelled(family, folder, name_of, *, low, high, authors, dtype=None, alphas=True, rank=RANK):

@@ -75,8 +75,9 @@ def measured(journal: Journal) -> list[Experiment]:
 
 
 def times(journal: Journal) -> list[tuple[str, ...]]:
-    """Rows of systems.RAN: when, on what and how long each experiment was measured."""
-    return [(one.title, *ran(lines(one, journal))) for one in measured(journal)]
+    """Rows of systems.RAN: when, on what and how long each experiment was measured, and all together."""
+    each = [(one.title, lines(one, journal)) for one in measured(journal)]
+    return [(title, *ran(found)) for title, found in [*each, ("all", [line for _, own in each for line in own])]]
 
 
 def on_texts(journal: Journal) -> list[Experiment]:
