@@ -65,7 +65,7 @@ def rows(found: Sequence[Experiment], journal: Journal) -> list[tuple[str, str, 
     return lines
 
 
-RAN = ("experiment", "measured on", "machine", "minutes", "CPU minutes", "lines in the journal")
+RAN = ("experiment", "measured on", "machine", "minutes of all processes", "CPU minutes", "lines in the journal")
 
 
 def summary(found: Sequence[Experiment], journal: Journal, runs: Sequence[Sequence[str]]) -> str:
