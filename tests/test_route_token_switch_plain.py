@@ -153,3 +153,21 @@ def test_layers_have_their_own_forward_again_after_an_error_anywhere(at, error, 
         monkeypatch.undo()
         assert _untouched(model)
         assert torch.equal(model(IDS[:1], use_cache=False).logits, base)
+
+
+def test_a_model_that_comes_back_to_the_cpu_decodes_there():
+    """The meta device in a GPU's place: what was made there for a layer is not used after the move."""
+    ours = copy.deepcopy(tiny_text.model("llama"))
+    numbers, loras, gate = copy.deepcopy(ours.state_dict()), tiny_text.loras("llama", 4), _gate()
+    token = IDS[:1, :1]
+    with torch.no_grad(), attached(copy.deepcopy(ours), loras, form="side") as bank:
+        bank.gate = gate.asked()
+        want = bank.model(token, use_cache=False).logits
+    with torch.no_grad(), attached(ours.to("meta"), loras, form="side") as bank:
+        bank.gate = gate.asked()
+        ours(token.to("meta"), attention_mask=torch.zeros(1, 1, 1, 1, device="meta"), use_cache=False)
+        ours.to_empty(device="cpu").load_state_dict(numbers)
+        for _ in range(2):
+            bank.gate = gate.asked()
+            got = ours(token, attention_mask=torch.zeros(1, 1, 1, 1), use_cache=False).logits
+            _same(got, want)
