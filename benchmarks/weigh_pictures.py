@@ -113,7 +113,9 @@ def table(journal):
           "grid`, LoRAHub, learning and ZipLoRA saw other prompts and seeds, CLIP and recogniser A only; the last "
           "row's weight was chosen afterwards, by B. The search begins at .8 and has 40 evaluations, the grid 6. "
           "Intervals in the table take elements as independent, those below it the sets.")  # fmt: skip
-    kept = [e for e in journal.of("picture") if not e["cell"].startswith(("mole", "no LoRA"))]
+    beside = Journal(journal.path.with_name("mole.jsonl"))  # the grid's pictures, where both were drawn
+    found = {e["key"]: e for own in (journal, beside) for e in own.of("picture")}
+    kept = [e for e in found.values() if not e["cell"].startswith(("mole", "no LoRA"))]
     for k in sorted({e["k"] for e in kept}):
         cells = {}
         for entry in kept:
