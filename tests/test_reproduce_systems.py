@@ -8,7 +8,7 @@ from multilora.lab.journal import Journal
 from multilora.lab.machine import processor
 from multilora.lab.reproduce import composition, lora, page
 from multilora.lab.reproduce.bench import Bench, Size
-from multilora.lab.reproduce.systems import SYSTEMS, html_page, rows, summary
+from multilora.lab.reproduce.systems import REASONS, SYSTEMS, html_page, rows, summary
 from multilora.lab.world.report import METHODS
 
 
@@ -30,6 +30,7 @@ def test_all_nine_systems_have_a_row_and_every_experiment_a_system():
     named = [name for system in SYSTEMS for name in system.experiments]
     assert sorted(named) == sorted(page.NAMES)
     assert all(system.experiments for system in SYSTEMS)
+    assert REASONS.keys() <= set(named)
 
 
 def test_what_is_not_measured_is_said(tmp_path):
@@ -55,7 +56,7 @@ def test_composition_follows_the_numbers(tmp_path):
         assert composition.where(text).lines == journal.lines
         (one,) = page.measured(text)
         said = summary([one], text, page.times(text))
-        assert ("| holds |" if held else "| does not hold here |") in said
+        assert ("| holds |" if held else "| does not hold here: Switch and Composite leave each LoRA 1/k") in said
         assert "not measured: `multilora reproduce lora`" in said
 
 

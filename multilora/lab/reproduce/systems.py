@@ -39,19 +39,64 @@ SYSTEMS = (
     System("Multi-LoRA composition", {"composition": "GPT-4V prefers Switch to Merge in 69%, Composite in 55% (k = 5, "
                                                      "composition)"}),
 )  # fmt: skip
+# name of an experiment -> why its claim fails here, as far as its figures and tables show; not said where it holds.
+REASONS = {
+    "addition": (
+        "the mean of two pairs of factors leaves each LoRA's update a quarter of its size, beside cross "
+        "products of factors that were trained apart; the sum of the updates has neither"
+    ),
+    "analogy": (
+        "the difference of two LoRAs of one skill holds more than the register, so it carries over for some "
+        "pairs of skills only"
+    ),
+    "arithmetic_pictures": (
+        "a LoRA teaches a design, not its class, which the base knows from all of its training: subtracted, "
+        "it takes no class away"
+    ),
+    "few_shot": (
+        "weights help where a LoRA of the pool knows the task, and not where none does; and a model this "
+        "small is fine-tuned well by few examples"
+    ),
+    "lorahub_text": (
+        "the search does better than zero-shot, but a model this small learns more from training on the same "
+        "few examples"
+    ),
+    "loramoe": (
+        "the learning rate at which its experts learn the tasks, chosen on training prompts, is larger than "
+        "LoRA's, and more is forgotten at it; the constraint does part the experts, too little to make up for"
+        " that"
+    ),
+    "token_switch": (
+        "what the first adapted layer sees of a token is its embedding, which does not know what is asked; a "
+        "route by the second block's input is no better over all, so that one route for all layers costs "
+        "something too"
+    ),
+    "mole": (
+        "rows that sum to 1 leave k LoRAs about 1/k of their strength each, and these need all of it: rows "
+        "that sum to k are above the best Merge; and weight 1 does not damage this base"
+    ),
+    "fisher_text": (
+        "the weighted mean comes out nearly as the plain one, perhaps since checkpoints of one base depend on"
+        " much the same weights; and on a model this small training on costs no more than a Fisher"
+    ),
+    "composition": (
+        "Switch and Composite leave each LoRA 1/k of its effect, and these LoRAs need all of it: Merge at "
+        "weight 1/k falls to their level"
+    ),
+}
 HEAD = """# The nine systems, reproduced in miniature
 
 Written by `multilora reproduce` from the journals beside it (`text/report.jsonl`, `world/report.jsonl`): nothing on
 this page was typed in. The models are the embedded ones, a Stable Diffusion and a Llama small enough for a laptop.
 What holds on them need not hold on large ones, and the other way round. A verdict follows a rule that was written
 before the figures were there, in the function `verdict` of the experiment's file in `multilora/lab/reproduce/`.
-Intervals are 95%.
+Intervals are 95%. Where a claim fails, the verdict says why as far as we see.
 """
 
 
-def rows(found: Sequence[Experiment], journal: Journal) -> list[tuple[str, str, str, str, str]]:
+def rows(experiments: Sequence[Experiment], journal: Journal) -> list[tuple[str, str, str, str, str]]:
     """(system, claim, paper's number, ours, verdict), one row a claim, all nine systems."""
-    known, lines = {one.name: one for one in found}, []
+    known, lines = {one.name: one for one in experiments}, []
     for i, system in enumerate(SYSTEMS, 1):
         title = f"{i}. {system.title}"
         for name, number in system.experiments.items():
@@ -60,8 +105,9 @@ def rows(found: Sequence[Experiment], journal: Journal) -> list[tuple[str, str, 
                     (title, name.replace("_", " "), number, "", f"not measured: `multilora reproduce {name}`")
                 )
                 continue
-            holds, why = known[name].verdict(known[name].where(journal))
-            lines.append((title, known[name].claim, number, why, "holds" if holds else "does not hold here"))
+            holds, found = known[name].verdict(known[name].where(journal))
+            why = f": {REASONS[name]}" if name in REASONS else ""
+            lines.append((title, known[name].claim, number, found, "holds" if holds else f"does not hold here{why}"))
     return lines
 
 
@@ -98,10 +144,10 @@ vertical-align:top;overflow-wrap:anywhere}img{max-width:100%;height:auto}.wide{o
 
 def html_page(found: Sequence[Experiment], journal: Journal, runs: Sequence[Sequence[str]], docs: Path) -> str:
     """The same as one page that needs nothing beside it; the figures are those in docs/text/."""
-    kinds = {"holds": "yes", "does not hold here": "no"}
+    kinds = {"holds": "yes", "does not hold here": "no"}  # the verdict without its reason -> class
     lines = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[:4])
-        + f'<td class="{kinds.get(row[4], "")}">{html.escape(row[4])}</td></tr>'
+        + f'<td class="{kinds.get(row[4].partition(":")[0], "")}">{html.escape(row[4])}</td></tr>'
         for row in rows(found, journal)
     )  # fmt: skip
     heads = "".join(f"<th>{name}</th>" for name in ("system", "claim", "the paper's number", "ours", "verdict"))
