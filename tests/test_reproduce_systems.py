@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from multilora.lab.journal import Journal
@@ -93,7 +95,9 @@ def test_the_page_as_html_escapes_and_needs_nothing_beside_it(tmp_path):
     assert said == html_page(page.measured(journal), journal, page.times(journal), tmp_path)
     assert said.count("data:image/png;base64,") == 1
     assert "http" not in said.replace("https://arxiv.org", "")
-    assert '<td class="yes">holds</td>' in said
+    assert '<td><span class="yes">holds</span></td>' in said
+    assert '<span class="">not measured</span>: <code>multilora reproduce addition</code>' in said
+    assert "`" not in re.sub(r'src="[^"]*"', "", said)
     assert f"<td>{processor()}, " in said
 
 

@@ -136,7 +136,7 @@ def summary(found: Sequence[Experiment], journal: Journal, runs: Sequence[Sequen
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1f2933}
 table{border-collapse:collapse;width:100%}td,th{border:1px solid #d5dae1;padding:.4rem .6rem;text-align:left;
 vertical-align:top;overflow-wrap:anywhere}img{max-width:100%;height:auto}.wide{overflow-x:auto}
-.yes{color:#0b6e4f;font-weight:600}.no{color:#9b2c2c;font-weight:600}
+td:first-child,th:first-child{min-width:8rem}.yes{color:#0b6e4f;font-weight:600}.no{color:#9b2c2c;font-weight:600}
 @media(max-width:40rem){th,td{min-width:9rem}}
 @media(prefers-color-scheme:dark){body{background:#14181d;color:#dde3ea}td,th{border-color:#3a434e}
 .yes{color:#5ad1a4}.no{color:#f29a9a}img{background:#fff}}"""
@@ -144,10 +144,9 @@ vertical-align:top;overflow-wrap:anywhere}img{max-width:100%;height:auto}.wide{o
 
 def html_page(found: Sequence[Experiment], journal: Journal, runs: Sequence[Sequence[str]], docs: Path) -> str:
     """The same as one page that needs nothing beside it; the figures are those in docs/text/."""
-    kinds = {"holds": "yes", "does not hold here": "no"}  # the verdict without its reason -> class
     lines = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[:4])
-        + f'<td class="{kinds.get(row[4].partition(":")[0], "")}">{html.escape(row[4])}</td></tr>'
+        + f"<td>{_verdict(row[4])}</td></tr>"
         for row in rows(found, journal)
     )  # fmt: skip
     heads = "".join(f"<th>{name}</th>" for name in ("system", "claim", "the paper's number", "ours", "verdict"))
@@ -163,10 +162,23 @@ def html_page(found: Sequence[Experiment], journal: Journal, runs: Sequence[Sequ
     title, _, words = HEAD.partition("\n\n")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title[2:]}</title><style>{STYLE}</style><h1>{title[2:]}</h1><p>{html.escape(words)}</p>"
+        f"<title>{title[2:]}</title><style>{STYLE}</style><h1>{title[2:]}</h1><p>{_code(words)}</p>"
         f'<div class="wide"><table><tr>{heads}</tr>{lines}</table></div>{figures}<h2>When, on what, how long</h2>'
         f'<div class="wide"><table>{times}</table></div></html>\n'
     )
+
+
+def _verdict(said: str) -> str:
+    """The verdict in its colour, and why."""
+    held, colon, why = said.partition(":")
+    kind = {"holds": "yes", "does not hold here": "no"}.get(held, "")
+    return f'<span class="{kind}">{html.escape(held)}</span>{colon}{_code(why)}'
+
+
+def _code(words: str) -> str:
+    """What Markdown has between backticks, as HTML."""
+    parts = html.escape(words).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
 def _encoded(path: Path) -> str:
