@@ -125,7 +125,7 @@ class Decoding:
 
 
 def measured(ways: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round, the ways in turn; the first is run once more, as "A/A", and never follows itself."""
+    """Seconds of every round, the ways in turn; the first is run once more, as "A/A", amid the others."""
     names = list(ways)
     half = len(names) // 2 + 1
     turns = {name: ways.get(name, ways[names[0]]) for name in (*names[:half], "A/A", *names[half:])}

@@ -312,7 +312,7 @@ def routed_picked(
     ups     [m, r, out]  the scale inside; may be views into the bank
     returns m tensors [out], None where nothing was picked; without gradients
 
-    Two operations a LoRA for all m layers, and none to add: a linear layer takes the result as its bias.
+    Two operations a LoRA for all m layers (in half precision one more), none to add: it is a linear layer's bias.
     """
     flat, total = x.view(1, -1), None  # one token is a view however it lies
     early = x.dtype in (torch.float16, torch.bfloat16) or len(weights) == 1

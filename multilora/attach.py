@@ -206,10 +206,14 @@ class Bank:
     def _drop(self, site: Site) -> None:
         """Off with a hook that an interrupt cut off from its handle."""
         module = site.module
-        for key in [key for key, hook in module._forward_hooks.items() if getattr(hook, "bank", None) is self]:
+
+        def ours(hook: Any) -> bool:  # of this site: a module may be there under two names
+            return getattr(hook, "bank", None) is self and hook.path == site.path
+
+        for key in [key for key, hook in module._forward_hooks.items() if ours(hook)]:
             module._forward_hooks.pop(key)
             module._forward_hooks_with_kwargs.pop(key, None)
-        if getattr(module.__dict__.get("forward"), "bank", None) is self:
+        if ours(module.__dict__.get("forward")):
             del module.__dict__["forward"]
 
     def _settle(self) -> None:
@@ -223,7 +227,8 @@ class Bank:
         try:
             self._exchange(row if acts and self._weights else None)
         except BaseException:
-            self._wake()  # what is not in the weights is added by the hooks
+            self._restore()  # all that the row asks for is added by the hooks then
+            self._wake()
             raise
         if self.eager.compiled:
             side = not plain or (acts and len(self._weights) < len(self.sites))

@@ -6,6 +6,7 @@ from torch.utils.hooks import RemovableHandle
 
 from multilora import attach, rebuilt_many
 from multilora.attach import attached
+from multilora.lora import Lora
 from multilora.rebuilt import Weight
 from tests.test_attach_hosts import BASE, INPUTS, LORAS, SAMPLES, WANT, _net
 
@@ -161,12 +162,13 @@ def breaks_at(monkeypatch, number, error):
     monkeypatch.setattr(Weight, "build", build)
 
 
+@pytest.mark.parametrize("before", [(0.0, 0.0), (1.0, 0.0)])
 @pytest.mark.parametrize("number", [1, 2, 4])
 @pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_a_failure_while_weights_are_built_leaves_every_lora_at_work(monkeypatch, number, error):
+def test_a_failure_while_weights_are_built_leaves_every_lora_at_work(monkeypatch, number, error, before):
     net = _net()
     with torch.no_grad(), attached(net, LORAS, form="rebuilt", dozing=True) as bank:
-        for row in (*WANT, (0.0, 0.0)):
+        for row in (*WANT, before):
             bank.row = row
             net(*INPUTS)
         assert hooks(net) == 0
@@ -203,3 +205,21 @@ def test_an_interrupt_among_the_hooks_adds_no_lora_twice(monkeypatch):
             bank.row = SAMPLES
             assert hooks(net) == 4
             close(net(*INPUTS), want)
+
+
+@pytest.mark.parametrize("dozing", [False, True])
+def test_a_module_under_two_names_has_the_hook_of_each(dozing):
+    net = _net()
+    net.also = net.a
+    one = Lora({"a": LORAS[0]["a"], "b": LORAS[0]["b"]})
+    other = Lora({"also": LORAS[1]["a"]})
+    plain = _net()
+    with torch.no_grad():
+        plain.a.weight += 0.5 * one["a"].delta() - 2.0 * other["also"].delta()
+        plain.b.weight += 0.5 * one["b"].delta()
+        with attached(net, [one, other], form="side", dozing=dozing) as bank:
+            for _ in range(2):
+                bank.row = (0.5, -2.0)
+                close(net(*INPUTS), plain(*INPUTS))
+            bank.check_called()
+    assert hooks(net) == 0

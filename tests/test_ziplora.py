@@ -11,6 +11,7 @@ from safetensors import safe_open
 from multilora import files
 from multilora.cli import main
 from multilora.lab.objectives_denoising import own_predictions
+from multilora.lab.train import ziplora
 from multilora.lab.train.ziplora import columns_of, in_common, train, weighted, zipped
 from multilora.lora import Card, Dense, Lora, LowRank
 from multilora.pipelines.denoise import Cancelled
@@ -121,7 +122,9 @@ def test_a_high_price_drives_the_columns_apart(tmp_path):
     [
         ({"loras": 1}, "ziplora: 1 LoRAs, wanted at least two"), ({"lr": float("nan")}, "lr=nan: wanted 0 to 1"),
         ({"steps": 0}, "steps=0"), ({"similarity": -1.0}, "similarity=-1.0"), ({"out": "z.bin"}, "z.bin"),
-        ({"prompts": [["a"], []]}, "prompts for 1 of 2 LoRAs"), ({"prompts": None}, "no trigger words on its card"),
+        ({"prompts": [["a"], []]}, "wanted all"), ({"prompts": [["a"], [" "]]}, "wanted all"),
+        ({"prompts": ["a fox", "a robe"]}, "wanted a list of prompts for each LoRA, got the text 'a fox'"),
+        ({"steps": 2.5}, "steps=2.5: wanted a whole number"), ({"prompts": None}, "no trigger words on its card"),
         ({"draws": 0}, "draws=0"),
     ],
 )  # fmt: skip
@@ -132,6 +135,57 @@ def test_what_is_refused_leaves_nothing(asked, said, tmp_path):
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         train(loras[: asked.pop("loras", 2)], pipe, out, **{"prompts": PROMPTS, "draws": 1, **asked})
     assert not list(tmp_path.iterdir())
+
+
+def _also(lora, key, part):
+    return Lora({**lora, key: part}, lora.card)
+
+
+@pytest.mark.parametrize("what", ["norm", "bias"])
+def test_what_has_no_columns_is_kept_as_it_is(what, tmp_path):
+    pipe = tiny.sd15()
+    loras, g = _set(pipe), torch.Generator().manual_seed(8)
+    if what == "norm":
+        key, module = next((n, m) for n, m in pipe.unet.named_modules() if n.endswith("norm1"))
+        part = Dense(torch.randn(module.weight.shape, generator=g))
+    else:
+        key, module = next((n, m) for n, m in pipe.unet.named_modules() if n.endswith("conv1"))
+        conv = [torch.randn(s, generator=g) for s in ((2, *module.weight.shape[1:]), (len(module.weight), 2))]
+        part = LowRank(*conv, torch.randn(len(module.weight), generator=g), kind="conv")
+    loras[0] = _also(loras[0], f"unet.{key}", part)
+    done = train(loras, pipe, tmp_path / "z.safetensors", prompts=PROMPTS, steps=2, draws=1)
+    kept = files.load(done.path, base=pipe)[f"unet.{key}"]
+    torch.testing.assert_close(*((kept.weight, part.weight) if what == "norm" else (kept.bias, part.bias)))
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    pipe, out = tiny.sd15(), tmp_path / "z.safetensors"
+    monkeypatch.setattr(ziplora, "own_predictions", lambda *a, **k: pytest.fail("drawn"))
+    loras = _set(pipe)
+    rows = LowRank(torch.ones(1, 514), torch.ones(32, 1), kind="embedding")
+    with pytest.raises(ValueError, match="cannot hold an embedding"):
+        train([loras[0], _also(loras[1], "text_encoder.embeddings.token_embedding", rows)], pipe, out, prompts=PROMPTS)
+    files.save(loras[0], out)
+    first = files.load(out)
+    with pytest.raises(ValueError, match="an input of the LoRA, never written over"):
+        train([first, loras[1]], pipe, out, prompts=PROMPTS)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"a LoRA is a \.safetensors file"):
+        train(loras, pipe, tmp_path / "folder.safetensors", prompts=PROMPTS)
+
+
+def test_batches_and_inference_mode_change_nothing(tmp_path):
+    pipe, found = tiny.sd15(), []
+    learning = [p.requires_grad for p in pipe.unet.parameters()]
+    for batch in (1, 3, 8):
+        with torch.inference_mode(batch == 3):
+            done = train(_set(pipe), pipe, tmp_path / f"{batch}.safetensors", prompts=PROMPTS, steps=4, lr=0.05,
+                         draws=2, batch=batch)  # fmt: skip
+        found.append(done.losses)
+    assert found[0][0] > found[0][-1]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+    assert [p.requires_grad for p in pipe.unet.parameters()] == learning
 
 
 def test_a_loss_that_is_not_finite_and_a_cancel_write_nothing(tmp_path):

@@ -19,7 +19,7 @@ def train_ziplora(
     base: Annotated[str, typer.Option(help="'embedded', a folder of a pipeline, or a hub id")] = "embedded",
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="NUMBER=TEXT that LoRA 1, 2, ... is to be seen in; default by trigger words; repeat"),
+        typer.Option(help="NUMBER=TEXT that LoRA 1, 2, ... is to be seen in; default its trigger words; repeat"),
     ] = None,
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 100,
     lr: Annotated[float, typer.Option(help="learning rate")] = 0.01,

@@ -98,7 +98,10 @@ def own_predictions(
     equation 3). Raises ValueError when a LoRA has no prompt.
     """
     family = family_of_pipeline(pipe)
-    if len(prompts) != len(loras) or not all(prompts):
+    texts = [prompts] if isinstance(prompts, str) else [own for own in prompts if isinstance(own, str)]
+    if texts:
+        raise ValueError(f"own predictions: wanted a list of prompts for each LoRA, got the text {texts[0]!r}")
+    if len(prompts) != len(loras) or not all(own and all(map(str.strip, own)) for own in prompts):
         raise ValueError(f"own predictions: prompts for {sum(map(bool, prompts))} of {len(loras)} LoRAs, wanted all")
     size, cases = size or native_size(pipe, family), []
     for i, (lora, own) in enumerate(zip(loras, prompts, strict=True)):

@@ -46,8 +46,8 @@ REASONS = {
         "products of factors that were trained apart; the sum of the updates has neither"
     ),
     "analogy": (
-        "the difference of two LoRAs of one skill holds more than the register, so it carries over for some "
-        "pairs of skills only"
+        "what the difference of two LoRAs holds depends on the skill that it is taken from: from some it "
+        "carries over nearly whole, from others not at all"
     ),
     "arithmetic_pictures": (
         "a LoRA teaches a design, not its class, which the base knows from all of its training: subtracted, "
@@ -67,9 +67,9 @@ REASONS = {
         " that"
     ),
     "token_switch": (
-        "what the first adapted layer sees of a token is its embedding, which does not know what is asked; a "
-        "route by the second block's input is no better over all, so that one route for all layers costs "
-        "something too"
+        "perhaps since what the first adapted layer sees of a token is its embedding, which does not know "
+        "what is asked: a route by the second block's input does better on one pool of LoRAs and worse on the"
+        " other"
     ),
     "mole": (
         "rows that sum to 1 leave k LoRAs about 1/k of their strength each, and these need all of it: rows "
@@ -80,17 +80,17 @@ REASONS = {
         " much the same weights; and on a model this small training on costs no more than a Fisher"
     ),
     "composition": (
-        "Switch and Composite leave each LoRA 1/k of its effect, and these LoRAs need all of it: Merge at "
-        "weight 1/k falls to their level"
+        "Switch and Composite leave each LoRA 1/k of its effect, and three or more of these LoRAs need all of"
+        " it: Merge at weight 1/k loses most of its lead from k = 3 on"
     ),
 }
 HEAD = """# The nine systems, reproduced in miniature
 
-Written by `multilora reproduce` from the journals beside it (`text/report.jsonl`, `world/report.jsonl`): nothing on
+Written by `multilora reproduce` from the journals beside it (`text/report.jsonl`, `world/report.jsonl`): no figure on
 this page was typed in. The models are the embedded ones, a Stable Diffusion and a Llama small enough for a laptop.
 What holds on them need not hold on large ones, and the other way round. A verdict follows a rule that was written
 before the figures were there, in the function `verdict` of the experiment's file in `multilora/lab/reproduce/`.
-Intervals are 95%. Where a claim fails, the verdict says why as far as we see.
+Intervals are 95%. Where a claim fails, a line of ours says why, as far as the tables let us see.
 """
 
 

@@ -174,7 +174,9 @@ def frozen(lora: Lora) -> Lora:
 
     def still(part: Any) -> Any:
         fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-        return dataclasses.replace(part, **{n: t.detach() for n, t in fields.items() if isinstance(t, Tensor)})
+        held = {n: t.detach() for n, t in fields.items() if isinstance(t, Tensor)}
+        # What was made in inference mode cannot be part of a graph; a copy outside of it can.
+        return dataclasses.replace(part, **{n: t.clone() if t.is_inference() else t for n, t in held.items()})
 
     return Lora({key: still(part) for key, part in lora.items()}, lora.card)
 
