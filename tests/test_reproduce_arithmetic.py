@@ -57,7 +57,7 @@ def test_the_verdict_follows_the_numbers(tmp_path, numbers, held):
     assert EXPERIMENT.figure(journal).height > 200
     text = Journal(tmp_path / "text" / "report.jsonl")
     assert EXPERIMENT.where(text).lines == journal.lines
-    assert [one.name for one in page.measured(text)] == ["arithmetic_pictures", "composition"]
+    assert [one.name for one in page.measured(text)] == ["arithmetic_pictures"]  # of composition, one method is there
 
 
 def test_a_strength_that_takes_the_rest_away_is_not_chosen(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_what_is_not_measured_is_said(tmp_path):
     journal = Journal(tmp_path / "text" / "report.jsonl")
     found = rows([], journal)
     assert len(found) >= 9
-    assert all(row[4].startswith("not measured") for row in found)
+    assert all(row[4].startswith("not measured to its end") for row in found)
 
 
 def test_composition_follows_the_numbers(tmp_path):
@@ -59,7 +60,7 @@ def test_composition_follows_the_numbers(tmp_path):
         (one,) = page.measured(text)
         said = summary([one], text, page.times(text))
         assert ("| holds |" if held else "| does not hold here: Switch and Composite leave each LoRA 1/k") in said
-        assert "not measured: `multilora reproduce lora`" in said
+        assert "not measured to its end: `multilora reproduce lora`" in said
 
 
 def test_a_gain_that_does_not_grow_does_not_hold(tmp_path):
@@ -96,7 +97,7 @@ def test_the_page_as_html_escapes_and_needs_nothing_beside_it(tmp_path):
     assert said.count("data:image/png;base64,") == 1
     assert "http" not in said.replace("https://arxiv.org", "")
     assert '<td><span class="yes">holds</span></td>' in said
-    assert '<span class="">not measured</span>: <code>multilora reproduce addition</code>' in said
+    assert '<span class="">not measured to its end</span>: <code>multilora reproduce addition</code>' in said
     assert "`" not in re.sub(r'src="[^"]*"', "", said)
     assert f"<td>{processor()}, " in said
 
@@ -108,3 +109,21 @@ def test_a_merged_lora_runs_the_operations_of_the_base(tmp_path):
     counts = lora._cost(bench)["operations"]
     assert counts["merged"] == counts["base"] == counts["base again"]
     assert counts["beside"] > counts["base"] * 1.2
+
+
+def test_what_was_stopped_midway_does_not_keep_the_page_from_being_written(tmp_path):
+    """Of every experiment the first line alone, beside one that is whole."""
+    stored = Path(__file__).parents[1] / "docs"
+    text = lora_journal(tmp_path / "text" / "report.jsonl", 8)
+    for name, parts in page.NAMES.items():
+        one = page.experiment(name)
+        kept = one.where(Journal(stored / "text" / "report.jsonl"))
+        own = one.where(text)
+        if name != "lora":
+            first = kept.of(parts[0])[0]
+            own.add(first["key"], **{key: value for key, value in first.items() if key not in ("key", "ran")})
+    text = Journal(text.path)
+    said = page.write(text, tmp_path).read_text()
+    assert "lora" in [one.name for one in page.measured(text)]
+    assert "not measured to its end: `multilora reproduce negation`" in said
+    assert "| holds |" in said

@@ -12,7 +12,7 @@ from PIL import Image
 from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import Bench, Experiment, mean_interval
 from multilora.lab.result_chart import Point, draw_lines
-from multilora.lab.world.report import METHODS, STUDY
+from multilora.lab.world.report import ABLATION, METHODS
 from multilora.lab.world.report import measure as measure_world
 from multilora.lab.world.tables import share, table
 from multilora.pipelines.load import assets
@@ -20,8 +20,7 @@ from multilora.pipelines.load import assets
 COUNT = 25  # pictures of each method for each k: 100 of each method
 MERGE = "merge, weight 1"
 AGAINST = ("switch", "composite")
-EVERY = tuple(c.name for c in STUDY if c.name.startswith("switch, every"))
-EVERY_5 = "switch, weight 1.0"  # the study's own cell of the default interval
+ABLATED = 100  # pictures of each of ABLATION
 
 
 def where(journal: Journal) -> Journal:
@@ -31,10 +30,11 @@ def where(journal: Journal) -> Journal:
 
 def measure(bench: Bench) -> None:
     small = bench.size.seeds == 1
-    measure_world(
-        assets(), where(bench.journal).path, count=1 if small else COUNT, parts=("composition",),
-        ks=(2, 5) if small else (2, 3, 4, 5), steps=5 if small else None, echo=bench.echo,
-    )  # fmt: skip
+    for part, count, ks in (("composition", COUNT, (2, 3, 4, 5)), ("ablation", ABLATED, (3,))):
+        measure_world(
+            assets(), where(bench.journal).path, count=1 if small else count, parts=(part,),
+            ks=(2, 5) if small else ks, steps=5 if small else None, echo=bench.echo,
+        )  # fmt: skip
 
 
 def cells(journal: Journal, name: str, k: int, part: str = "composition") -> dict[str, dict[str, Any]]:
@@ -63,10 +63,12 @@ def tables(journal: Journal) -> str:
         "for every method.",
         table(["method", *(f"k = {k}" for k in ks)], rows),
     ]
-    every = [(name, [e for e in journal.of("study") if e["cell"] == name]) for name in (*EVERY[:2], EVERY_5, EVERY[2])]
-    if all(found for _, found in every):
-        rows = [[name.replace(EVERY_5, "switch, every 5"), _share(found)] for name, found in every]
-        parts += ["The interval of Switch, on the train split, k = 3:", table(["method", "elements present"], rows)]
+    varied = [(cell.name, [e for e in journal.of("ablation") if e["cell"] == cell.name]) for cell in ABLATION]
+    if all(found for _, found in varied):
+        rows = [[name, _share(found)] for name, found in varied]
+        ks = sorted({e["k"] for _, found in varied for e in found})
+        parts += [f"Interval and order of Switch, k = {', '.join(map(str, ks))}; else the character comes first:",
+                  table(["method", "elements present"], rows)]  # fmt: skip
     return "\n\n".join(parts)
 
 

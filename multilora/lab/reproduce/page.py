@@ -17,7 +17,7 @@ from multilora.recipe import save_png
 NAMES = {"lora": ("lora",), "addition": ("addition",), "negation": ("negation",), "analogy": ("analogy",),
          "arithmetic_pictures": ("negation", "analogy"), "few_shot": ("few_shot",), "lorahub_text": ("lorahub",),
          "loramoe": ("loramoe",), "token_switch": ("token_switch",), "mole": ("picture",), "fisher_text": ("fisher",),
-         "composition": ("composition", "study")}  # fmt: skip
+         "composition": ("composition", "ablation")}  # fmt: skip
 HEAD = """# Weights on language: what the papers claim, on the embedded text model
 
 Measured by `multilora reproduce`, which also wrote this page; `docs/text/report.jsonl` holds every count. The model is
@@ -70,8 +70,17 @@ def lines(one: Experiment, journal: Journal) -> list[dict[str, Any]]:
 
 
 def measured(journal: Journal) -> list[Experiment]:
-    """The experiments that have results."""
-    return [one for one in map(experiment, NAMES) if one.where(journal).of(NAMES[one.name][0])]
+    """The experiments that have results, but for those that were stopped before there is a verdict."""
+    begun = [one for one in map(experiment, NAMES) if one.where(journal).of(NAMES[one.name][0])]
+    return [one for one in begun if _whole(one, one.where(journal))]
+
+
+def _whole(one: Experiment, journal: Journal) -> bool:
+    try:
+        one.verdict(journal), one.tables(journal), one.figure(journal)
+    except (ArithmeticError, LookupError, StopIteration, ValueError):  # lines that they need are not there yet
+        return False
+    return True
 
 
 def times(journal: Journal) -> list[tuple[str, ...]]:

@@ -63,13 +63,13 @@ REASONS = {
     ),
     "loramoe": (
         "the learning rate at which its experts learn the tasks, chosen on training prompts, is larger than "
-        "LoRA's, and more is forgotten at it; the constraint does part the experts, too little to make up for"
-        " that"
+        "LoRA's, and more is forgotten at it; the constraint does part the experts by type of sample, and "
+        "what that does for recall is within the noise"
     ),
     "token_switch": (
         "perhaps since what the first adapted layer sees of a token is its embedding, which does not know "
-        "what is asked: a route by the second block's input does better on one pool of LoRAs and worse on the"
-        " other"
+        "what is asked: a route by the second block's input makes up for it on one pool of LoRAs, and on the "
+        "other misses a skill that the first layer's route finds"
     ),
     "mole": (
         "rows that sum to 1 leave k LoRAs about 1/k of their strength each, and these need all of it: rows "
@@ -77,7 +77,7 @@ REASONS = {
     ),
     "fisher_text": (
         "the weighted mean comes out nearly as the plain one, perhaps since checkpoints of one base depend on"
-        " much the same weights; and on a model this small training on costs no more than a Fisher"
+        " much the same weights; and training on costs about as little as a Fisher on a model this small"
     ),
     "composition": (
         "Switch and Composite leave each LoRA 1/k of its effect, and three or more of these LoRAs need all of"
@@ -101,9 +101,8 @@ def rows(experiments: Sequence[Experiment], journal: Journal) -> list[tuple[str,
         title = f"{i}. {system.title}"
         for name, number in system.experiments.items():
             if name not in known:
-                lines.append(
-                    (title, name.replace("_", " "), number, "", f"not measured: `multilora reproduce {name}`")
-                )
+                said = f"not measured to its end: `multilora reproduce {name}`"
+                lines.append((title, name.replace("_", " "), number, "", said))
                 continue
             holds, found = known[name].verdict(known[name].where(journal))
             why = f": {REASONS[name]}" if name in REASONS else ""

@@ -34,7 +34,10 @@ CHUNK = {2: 4, 3: 2, 4: 3, 5: 10}  # pictures of one combination in one batch, b
 
 @dataclass(frozen=True)
 class Cell:
-    """A way to draw: method, its options, the weight of every LoRA (a number, or "1/k"), steps and guidance."""
+    """A way to draw: method, its options, the weight of every LoRA (a number, or "1/k"), steps and guidance.
+
+    backwards: the LoRAs in the other order, the character last
+    """
 
     name: str
     method: str = "merge"
@@ -43,6 +46,7 @@ class Cell:
     steps: int = STEPS
     guidance: float = GUIDANCE
     class_words: bool = True
+    backwards: bool = False
 
 
 METHODS = (
@@ -62,6 +66,11 @@ STUDY = (
     *(Cell(f"{n}, {s} steps", m, steps=s) for s in (50, 100) for n, m in SHORT),
     *(Cell(f"switch, every {e}", "switch", options={"every": e}) for e in (1, 2, 8)),
     *(Cell(f"{n}, names without class words", m, class_words=False) for n, m in SHORT),
+)
+# What the paper varies of Switch: how long a LoRA stays, and which is first.
+ABLATION = (
+    *(Cell(f"switch, every {e}", "switch", options={"every": e}) for e in (1, 2, 5, 8)),
+    Cell("switch, every 5, character last", "switch", options={"every": 5}, backwards=True),
 )
 
 
@@ -204,7 +213,7 @@ def measure_cell(bench: Bench, part: str, cell: Cell, chosen: Sequence[str], ind
     texts = [caption(scene, 1) for scene in scenes]
     drawn = texts if cell.class_words else [_without_class_words(text, chosen) for text in texts]
     weight = 1 / k if cell.weight == "1/k" else float(cell.weight)
-    loras = [bench.lora(name) for name in chosen] if weight else []
+    loras = [bench.lora(name) for name in (chosen[::-1] if cell.backwards else chosen)] if weight else []
     began = time.process_time()
     images = pictures(
         bench.pipe, drawn, range(index, index + size), loras, cell.method if weight else "merge",
@@ -249,6 +258,14 @@ def measure_composition(bench: Bench, count: int, ks: Sequence[int] = (2, 3, 4, 
             bench.echo(f"report: composition {'+'.join(chosen)}, pictures {index} to {index + size - 1}")
 
 
+def measure_ablation(bench: Bench, count: int, k: int = 3) -> None:
+    """Switch's interval and order on the test split: the composition table's prompts and noise."""
+    for chosen, index, size in batches(bench.sets("test", k), count):
+        for cell in ABLATION:
+            measure_cell(bench, "ablation", cell, chosen, index, size)
+        bench.echo(f"report: ablation {'+'.join(chosen)}, pictures {index} to {index + size - 1}")
+
+
 def measure_study(bench: Bench, count: int, k: int = 3) -> None:
     """What decides composition, on sets of the train split: strength, guidance, steps, every, class words."""
     found = bench.sets("train", k)
@@ -280,7 +297,7 @@ def measure_speed(bench: Bench, repeats: int = 3) -> None:
         bench.echo(f"report: {name}: {seconds} s a picture")
 
 
-PARTS = ("eyes", "base", "alone", "composition", "study", "speed")
+PARTS = ("eyes", "base", "alone", "composition", "ablation", "study", "speed")
 
 
 def measure(
@@ -316,6 +333,8 @@ def measure(
         measure_alone(bench, alone_count)
     if "composition" in parts:
         measure_composition(bench, count, ks)
+    if "ablation" in parts:
+        measure_ablation(bench, count, 3 if 3 in ks else ks[0])
     if "study" in parts:
         measure_study(bench, study_count)
     if "speed" in parts:
