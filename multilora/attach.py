@@ -87,7 +87,7 @@ class Bank:
         self.ready: set[str] = set()  # modules whose output has the LoRAs' part already: multilora.remembered
         self.eager = Eager(model)
         self._branches = branches_of(sites, getattr(model, "_orig_mod", model))
-        tied = tied_parameters(model)
+        tied = tied_parameters(model, sites)
         plain = [] if form == "side" else [site for site in sites if mergeable(site, tied)]
         self._weights = {site: Weight(site, self._branches[site]) for site in plain}
         self._scratch: dict[Site, Merged] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -24,10 +25,12 @@ def pristine(parameter: Tensor) -> Tensor:
         return _AWAY.get(id(parameter), parameter).detach()
 
 
-def tied_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one module holds: changing one module's would change the other's."""
+def tied_parameters(model: nn.Module, sites: Sequence[Site]) -> set[int]:
+    """Ids of the parameters that more than one module holds, or one module of two sites: changing the one's would
+    change the other's."""
     seen: set[int] = set()
-    tied: set[int] = set()
+    named = Counter(site.module for site in sites)
+    tied = {id(p) for module, names in named.items() if names > 1 for p in module._parameters.values()}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -80,7 +83,7 @@ def form_of(form: str, model: nn.Module, sites: Sequence[Site]) -> str:
                 raise ValueError(f"form {form!r}: {site.path} is a quantised {what}; use form='side' or 'auto'")
         return form
     if form == "auto" and not why and sites:
-        tied = tied_parameters(model)
+        tied = tied_parameters(model, sites)
         if all(mergeable(site, tied) and site.module.weight.dtype in WIDE for site in sites):
             return "rebuilt"
     return "side"

@@ -208,7 +208,8 @@ def test_an_interrupt_among_the_hooks_adds_no_lora_twice(monkeypatch):
 
 
 @pytest.mark.parametrize("dozing", [False, True])
-def test_a_module_under_two_names_has_the_hook_of_each(dozing):
+@pytest.mark.parametrize("form", ["auto", "side", "rebuilt", "bank"])
+def test_a_module_under_two_names_has_the_loras_of_each(form, dozing):
     net = _net()
     net.also = net.a
     one = Lora({"a": LORAS[0]["a"], "b": LORAS[0]["b"]})
@@ -217,9 +218,11 @@ def test_a_module_under_two_names_has_the_hook_of_each(dozing):
     with torch.no_grad():
         plain.a.weight += 0.5 * one["a"].delta() - 2.0 * other["also"].delta()
         plain.b.weight += 0.5 * one["b"].delta()
-        with attached(net, [one, other], form="side", dozing=dozing) as bank:
-            for _ in range(2):
+        with attached(net, [one, other], form=form, dozing=dozing) as bank:
+            for _ in range(3):
                 bank.row = (0.5, -2.0)
                 close(net(*INPUTS), plain(*INPUTS))
+                bank.row = (0.0, 0.0)
+                torch.testing.assert_close(net(*INPUTS), BASE)
             bank.check_called()
     assert hooks(net) == 0
