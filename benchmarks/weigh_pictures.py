@@ -110,7 +110,7 @@ def interval(found, asked):
 def table(journal):
     print("# Weights for pictures: a grid, LoRAHub, learning\n\nMade by `python benchmarks/weigh_pictures.py`.\n\n"
           "Merge of k test-split LoRAs of the embedded world, held-out prompts and seeds, recogniser B. `merge, "
-          "grid`, LoRAHub, learning and ZipLoRA saw other prompts and seeds, CLIP and recogniser A only; the last "
+          "grid`, LoRAHub and whatever is learned saw other prompts and seeds, CLIP and recogniser A only; the last "
           "row's weight was chosen afterwards, by B. The search begins at .8 and has 40 evaluations, the grid 6. "
           "Intervals in the table take elements as independent, those below it the sets.")  # fmt: skip
     beside = Journal(journal.path.with_name("mole.jsonl"))  # the grid's pictures, where both were drawn
