@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,10 @@ def reproduce(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of reproduction.md, text.md and text/")] = Path(
         "out/reproduce"
     ),
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="processes side by side; by default one a core, 4 at most"),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a few questions each, to see that it runs")] = False,
     listed: Annotated[bool, typer.Option("--list", help="list the experiments and stop")] = False,
 ) -> None:
@@ -31,10 +36,13 @@ def reproduce(
         print_table(("experiment", "claim"), [(one.name, one.claim) for one in found])
         return
     arguments.check_folder(out)
-    page = run(
-        name or (), out, size=SMOKE if quick else FULL, echo=lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    jobs = jobs or min(4, os.cpu_count() or 1)  # a process takes about 1.5 GB
+    page = run(name or (), out, size=SMOKE if quick else FULL, jobs=jobs, echo=_say)
     journal = Journal(out / "text" / "report.jsonl")
     for one in measured(journal):
         note(f"{one.title}: {verdict_line(one, journal)}")
     print(page)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -47,8 +47,8 @@ class Journal:
         ran = {"on": datetime.now(UTC).date().isoformat(), "machine": machine(), "seconds": took}
         self.lines[key] = {"key": key, **facts, "ran": ran}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.lines[key]) + "\n")
+        with self.path.open("ab", buffering=0) as file:  # one write: other processes append to the same file
+            file.write((json.dumps(self.lines[key]) + "\n").encode())
 
     def of(self, part: str) -> list[dict[str, Any]]:
         return [entry for key, entry in self.lines.items() if key.split("/")[0] == part]

@@ -18,6 +18,7 @@ import argparse
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ GATES: Mapping[str, tuple[bool, dict[str, Any]]] = {
 WAYS = ("paper: row sums to 1", "no balance", "row sums to k")  # those that the claims are about
 PAPER = f"mole, {WAYS[0]}"
 BASE, FULL, SHARED = "no LoRA, prompt only", "merge, weight 1", "merge, weight 1/k"
-SETS, EACH = 6, 8
+SETS, EACH, KS = 6, 8, (2, 3, 4, 5)
 SETTINGS = {"per": "layer", "steps": 150, "draws": 4, "lr": 3e-4, "checkpoint_every": 50}
 
 
@@ -278,10 +279,10 @@ def where(journal: Journal) -> Journal:
     return Journal(journal.path.parents[1] / "world" / "mole.jsonl")
 
 
-def measure(bench: texts.Bench) -> None:
+def measure(bench: texts.Bench, ks: Sequence[int] = KS) -> None:
     small = bench.size.seeds == 1
     own = Bench(where(bench.journal).path, bench.work / "mole", **({"steps": 4, "train_steps": 2} if small else {}))
-    for k in (2, 3) if small else (2, 3, 4, 5):
+    for k in [k for k in ks if k in KS[:2] or not small]:
         for chosen in even_sets("test", k, 1 if small else SETS):
             measure_set(own, chosen, CHUNK if small else EACH, WAYS)
 
@@ -351,7 +352,7 @@ def figure(journal: Journal) -> Image.Image:
 EXPERIMENT = texts.Experiment(
     "mole", "MoLE: a gate in every layer, in pictures", "https://arxiv.org/abs/2404.13628",
     "three and more LoRAs damage the base at weight 1 and are lost at 1/k; a trained gate beats both",
-    measure, tables, verdict, figure, where,
+    measure, tables, verdict, figure, where, [partial(measure, ks=(k,)) for k in reversed(KS)],
 )  # fmt: skip
 
 

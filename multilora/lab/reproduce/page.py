@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from multilora.lab.journal import Journal, ran, restart_clock
-from multilora.lab.reproduce.bench import Bench, Experiment, Size
+from multilora.lab.reproduce.bench import FULL, Bench, Experiment, Size
 from multilora.lab.reproduce.systems import html_page, summary
 from multilora.method import unknown
 from multilora.recipe import save_png
@@ -18,6 +23,7 @@ NAMES = {"lora": ("lora",), "addition": ("addition",), "negation": ("negation",)
          "arithmetic_pictures": ("negation", "analogy"), "few_shot": ("few_shot",), "lorahub_text": ("lorahub",),
          "loramoe": ("loramoe",), "token_switch": ("token_switch",), "mole": ("picture",), "fisher_text": ("fisher",),
          "composition": ("composition", "ablation")}  # fmt: skip
+LONGEST = ("mole", "composition")  # begun first where several run at once
 HEAD = """# Weights on language: what the papers claim, on the embedded text model
 
 Measured by `multilora reproduce`, which also wrote this page; `docs/text/report.jsonl` holds every count. The model is
@@ -41,26 +47,51 @@ def experiment(name: str) -> Experiment:
 
 
 def reproduce(
-    names: Sequence[str] = (), docs: str | Path = "docs", *, work: str | Path | None = None, size: Size | None = None,
-    echo: Callable[[str], None] = print,
+    names: Sequence[str] = (), docs: str | Path = "docs", *, work: str | Path | None = None, size: Size = FULL,
+    jobs: int = 1, echo: Callable[[str], None] = print,
 ) -> Path:  # fmt: skip
     """Measure experiments (all by default), then write the page of all that was measured; the page's path.
 
     docs  folder of text.md and text/, which holds report.jsonl (run again to go on from it) and the figures
     work  folder for what is trained on the way, `docs`/text/work by default; not needed afterwards
-    size  bench.FULL by default
+    jobs  processes that measure side by side, each with its share of the cores; `echo` is then a function of a module
 
-    Raises UnknownName for another experiment before anything runs.
+    Raises UnknownName for another experiment before anything runs, ValueError for fewer than one job.
     """
     found = [experiment(name) for name in names or NAMES]
+    if jobs < 1:
+        raise ValueError(f"jobs: wanted 1 or more, got {jobs}")
     folder = Path(docs) / "text"
-    work = folder / "work" if work is None else Path(work)
-    bench = Bench.embedded(folder / "report.jsonl", work, *(() if size is None else (size,)), echo=echo)
-    for one in found:
-        echo(one.title)
-        restart_clock()
-        one.measure(bench)
-    return write(bench.journal, Path(docs))
+    report, work = folder / "report.jsonl", folder / "work" if work is None else Path(work)
+    if jobs == 1:
+        bench = Bench.embedded(report, work, size, echo)
+        for one in found:
+            _measure(one.name, None, bench)
+    else:
+        found.sort(key=lambda one: LONGEST.index(one.name) if one.name in LONGEST else len(LONGEST))
+        pieces = [(one.name, part) for one in found for part in range(len(one.parts) or 1)]
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            running = [pool.submit(_measure_alone, *piece, threads, report, work, size, echo) for piece in pieces]
+            for job in concurrent.futures.as_completed(running):
+                if job.exception():
+                    pool.shutdown(wait=False, cancel_futures=True)
+                job.result()
+    return write(Journal(report), Path(docs))
+
+
+def _measure(name: str, part: int | None, bench: Bench) -> None:
+    one = experiment(name)
+    bench.echo(one.title)
+    restart_clock()
+    (one.measure if part is None or not one.parts else one.parts[part])(bench)
+
+
+def _measure_alone(
+    name: str, part: int, threads: int, report: Path, work: Path, size: Size, echo: Callable[[str], None]
+) -> None:
+    torch.set_num_threads(threads)
+    _measure(name, part, Bench.embedded(report, work, size, echo))
 
 
 def lines(one: Experiment, journal: Journal) -> list[dict[str, Any]]:
