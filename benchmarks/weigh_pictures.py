@@ -1,4 +1,4 @@
-"""LoRAHub, learned weights and ZipLoRA against the best Merge of a grid of weights: embedded world, test split.
+"""LoRAHub, balanced and learned weights, ZipLoRA and RegMean against the best Merge of a grid: the test split.
 
     python benchmarks/weigh_pictures.py JOURNAL [--k 2,3,4,5] [--sets 6] [--pictures 200] [--budget 40] [--table]
     python benchmarks/weigh_pictures.py JOURNAL --part 1 --parts 2 [--device cuda --batch 34]    # one of two processes
@@ -6,8 +6,9 @@
 `--table > benchmarks/weigh_pictures.md` writes what is kept in docs/world/weigh_pictures.jsonl. Sets, prompts and
 seeds are those of multilora.lab.reproduce.mole, whose table shows these beside its own.
 
-For every set of test-split LoRAs: weights by grid, LoRAHub and learning, from search prompts and seeds alone (CLIP and
-recogniser A; learned and ZipLoRA: each LoRA's own predictions). Then pictures of the report's held-out prompts and
+For every set of test-split LoRAs: weights by grid, LoRAHub, balance and learning, from search prompts and seeds alone
+(CLIP and recogniser A; balanced: what each LoRA keeps of its effect; learned and ZipLoRA: each LoRA's own predictions;
+RegMean: Gram matrices of each LoRA's inputs, of its own prompts). Then pictures of the report's held-out prompts and
 seeds, which no search sees, are judged by recogniser B. "merge, grid" is chosen by the same score, prompts and seeds
 as LoRAHub; "merge, best grid weight by B" takes, over all pictures, the grid's weight that B likes best: a limit that
 no honest choice reaches. The journal is one line per finished piece; run again to go on.
@@ -20,20 +21,24 @@ from pathlib import Path
 import multilora as ml
 from multilora.lab.journal import Journal
 from multilora.lab.objectives_denoising import own_predictions
+from multilora.lab.objectives_kept import KeptEffects
 from multilora.lab.objectives_pictures import PictureScore, clip_and_presence
 from multilora.lab.reproduce.bench import mean_interval
 from multilora.lab.reproduce.mole import CHUNK, GRID, MOST, SHARED, STEPS, Bench, best_of_grid, shared_out
 from multilora.lab.search import own_prompts, search_prompts
+from multilora.lab.train.gram import grams
 from multilora.lab.train.ziplora import train
 from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
+from multilora.lab.world.loras import pictures
 from multilora.lab.world.report import composed_scene
 from multilora.method import resolve
 from multilora.pipelines.load import library
 
 SEARCH_SEEDS = (700_000, 700_001)  # the report's pictures have seeds from 0
 GRID_CHOSEN, HUB, SIMPLEX, FREE = "merge, grid", "lorahub", "learned, simplex per layer", "learned, free per layer"
-ZIP = "ziplora"
+ZIP, BALANCED, REGMEAN = "ziplora", "balanced, mean 1", "regmean, weight 2/k"
+REGMEAN_TOTAL = 2.0  # sum of the weights: best of 1, 1.5, 2 and 3 at k = 5 on the train split, by recogniser A
 
 
 def unseen_prompts(entries, chosen):
@@ -72,11 +77,29 @@ def chosen_weights(bench, chosen, args):
         loss = own_predictions(pipe, loras, own_prompts(entries, loras, 2), steps=args.search_steps)
         return list(resolve("weigh", "learned", steps=args.learn_steps, **options)(loras, loss))
 
+    def by_balance():
+        kept = KeptEffects(pipe, prompts, SEARCH_SEEDS[:1])
+        return list(resolve("weigh", "balanced")(loras, kept))
+
     settled(GRID_CHOSEN, by_grid)
     settled(HUB, by_search)
+    settled(BALANCED, by_balance)
     settled(SIMPLEX, by_gradient)
     settled(FREE, lambda: by_gradient(form="free", start=0.8))
     return loras, found
+
+
+def grams_of(bench, name):
+    """The file of a LoRA's Gram matrices, collected now where there is none: its own prompts, 10 steps."""
+    path = bench.work / "grams" / f"{name}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lora = bench.lora(name)
+        (texts,) = own_prompts([library()[name]], [lora], 8)
+        with grams(bench.pipe, lora) as collected:
+            pictures(bench.pipe, texts, [SEARCH_SEEDS[0] + i for i in range(len(texts))], [lora], steps=10)
+        collected.save(path)
+    return str(path)
 
 
 def rounded(weight):
@@ -97,6 +120,10 @@ def measure(bench, chosen, args, count):
         if not path.is_file():
             train(chosen, bench.pipe, path, steps=args.zip_steps, echo=print)
         bench.cell(ZIP, chosen, count, [ml.load(path, base=bench.pipe)], [1.0], setting=str(args.zip_steps))
+    if bench.left(REGMEAN, chosen, count):
+        known = ",".join(grams_of(bench, name) for name in chosen)
+        merged = resolve("merge", "regmean", grams=known)(loras, [REGMEAN_TOTAL / k] * k)
+        bench.cell(REGMEAN, chosen, count, [merged], [1.0])
     print(f"{'+'.join(chosen)}: done", flush=True)
 
 
@@ -108,11 +135,13 @@ def interval(found, asked):
 
 
 def table(journal):
-    print("# Weights for pictures: a grid, LoRAHub, learning\n\nMade by `python benchmarks/weigh_pictures.py`.\n\n"
+    print("# Weights for pictures: a grid, LoRAHub, balance, learning\n\n"
+          "Made by `python benchmarks/weigh_pictures.py`.\n\n"
           "Merge of k test-split LoRAs of the embedded world, held-out prompts and seeds, recogniser B. `merge, "
-          "grid`, LoRAHub and whatever is learned saw other prompts and seeds, CLIP and recogniser A only; the last "
-          "row's weight was chosen afterwards, by B. The search begins at .8 and has 40 evaluations, the grid 6. "
-          "Intervals in the table take elements as independent, those below it the sets.")  # fmt: skip
+          "grid`, LoRAHub and whatever is learned saw other prompts and seeds, CLIP and recogniser A only, balanced, "
+          "ZipLoRA and RegMean no score at all; the last row's weight was chosen afterwards, by B. The search begins "
+          "at .8 and has 40 evaluations, the grid 6. Intervals in the table take elements as independent, those below "
+          "it the sets.")  # fmt: skip
     beside = Journal(journal.path.with_name("mole.jsonl"))  # the grid's pictures, where both were drawn
     found = {e["key"]: e for own in (journal, beside) for e in own.of("picture")}
     kept = [e for e in found.values() if not e["cell"].startswith(("mole", "no LoRA"))]
@@ -138,9 +167,9 @@ def table(journal):
                 clip = [score for e in entries for score in e.get("clip", ())]
                 row.append(f"{sum(clip) / len(clip):.1f}" if clip else "")
             print(f"| {' | '.join(row)} |")
-        against(cells, (HUB, FREE, ZIP), GRID_CHOSEN)
+        against(cells, (HUB, BALANCED, FREE, ZIP, REGMEAN), GRID_CHOSEN)
         if best:
-            against(cells, (HUB,), best)
+            against(cells, (HUB, BALANCED, REGMEAN), best)
 
 
 def by_set(entries):

@@ -90,7 +90,7 @@ class Watched:
             raise Enough(str(stopped)) from None
         self.done += len(found)
         numbers = [float(v.detach()) for v in found if isinstance(v, Tensor) and v.numel() == 1]
-        self.lowest = min(self.lowest, *numbers, *(v for v in found if isinstance(v, float)))
+        self.lowest = min([self.lowest, *numbers, *(v for v in found if isinstance(v, float))])
         if self.progress is not None:
             self.progress(self.done, self.lowest)
         return found

@@ -36,10 +36,10 @@ def page(shell: Shell) -> None:
             shelf = Shelf(shell, "LoRAs to weigh", "two or more; the weights are found together")
             method = gr.Radio([(told, name) for name, (told, _) in METHODS.items()], value="lorahub", label="Search",
                               info="without gradients any score will do; by gradient it matches each LoRA's own "
-                                   "predictions, and draws nothing")  # fmt: skip
+                                   "predictions, and draws nothing; even effects needs no score")  # fmt: skip
             score = gr.Radio([(told, name) for name, told in SCORED.items()], value="both", label="Score",
                              info="what the search without gradients makes as high as it can")  # fmt: skip
-            budget = gr.Slider(10, 400, 40, step=1, label="Candidates",
+            budget = gr.Slider(5, 400, 40, step=1, label="Candidates",
                                info="weights that are tried; steps of the optimiser by gradient")  # fmt: skip
             with gr.Accordion("More", open=False):
                 prompts = gr.Textbox("", label="Prompts", lines=3, info="one a line; none: scenes of the embedded "
@@ -148,9 +148,9 @@ def _endpoint(shell: Shell) -> None:
 
         Args:
             loras: their references, see list_loras
-            method: lorahub (no gradients) or learned
+            method: lorahub (no gradients), learned or balanced
             score: both, presence or clip
-            budget: candidates of lorahub, steps of learned
+            budget: candidates of lorahub, steps of learned, rounds of balanced
             prompts: of the pictures, one a line; none draws scenes of the embedded world with all the LoRAs
             pictures: of each prompt, on the same noise for every candidate
             steps: denoising steps of a picture

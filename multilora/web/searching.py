@@ -14,7 +14,8 @@ from multilora.web.evaluating import lora_words, within
 from multilora.web.service import Refused, Service, Session
 
 # name -> (what it is called here, largest budget)
-METHODS = {"lorahub": ("without gradients (LoRAHub, CMA-ES)", 400), "learned": ("by gradient (learned)", 1000)}
+METHODS = {"lorahub": ("without gradients (LoRAHub, CMA-ES)", 400), "learned": ("by gradient (learned)", 1000),
+           "balanced": ("even effects (balanced)", 1000)}  # fmt: skip
 SCORED = {"both": "CLIP and presence of each element", "presence": "presence of each element (recogniser A)",
           "clip": "CLIP"}  # fmt: skip
 
@@ -43,6 +44,8 @@ def search_words(
     told += ["--base", session.base or service.bases[0], *(f"--prompt={line}" for line in asked)]
     if method == "lorahub":
         return [*told, "--score", score, "--seeds", str(int(pictures))], int(budget)
+    if method == "balanced":
+        return [*told, "--seeds", str(int(pictures))], int(budget)
     return [*told, "--option", "scope=global", "--option", "form=free"], int(budget) + 1
 
 
