@@ -115,7 +115,7 @@ def measure(bench, chosen, args, count):
     bench.cell(SHARED, chosen, count, loras, [1 / k] * k)
     for name, weights in found.items():
         bench.cell(name, chosen, count, [ml.merge(loras, weights)], [1.0], setting=setting)
-    if bench.left(ZIP, chosen, count, str(args.zip_steps)):
+    if ZIP not in args.leave and bench.left(ZIP, chosen, count, str(args.zip_steps)):
         path = bench.work / "zipped" / f"{'+'.join(chosen)}_{args.zip_steps}.safetensors"
         if not path.is_file():
             train(chosen, bench.pipe, path, steps=args.zip_steps, echo=print)
@@ -199,6 +199,7 @@ def main():
     parser.add_argument("journal", type=Path)
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
     parser.add_argument("--k", default="2,3,4,5")
+    parser.add_argument("--leave", nargs="*", default=(), help=f"what not to train now, such as {ZIP}")
     parser.add_argument("--device", default="cpu")
     numbers = {"pictures": 200, "budget": 40, "sets": 6, "steps": STEPS, "search-steps": 12, "learn-steps": 60,
                "zip-steps": 100, "batch": CHUNK, "part": 1, "parts": 1}  # fmt: skip
