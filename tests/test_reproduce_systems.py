@@ -127,3 +127,19 @@ def test_what_was_stopped_midway_does_not_keep_the_page_from_being_written(tmp_p
     assert "lora" in [one.name for one in page.measured(text)]
     assert "not measured to its end: `multilora reproduce negation`" in said
     assert "| holds |" in said
+
+
+def test_one_command_from_nothing_has_a_row_of_its_own(tmp_path):
+    journal = lora_journal(tmp_path / "text" / "report.jsonl", 8)
+    before = page.times(journal)
+    told = {"jobs": 2, "lines": 5, "wall": 3330.0}
+    journal.add(f"{page.COMMAND}/a", experiments=["lora"], before=0, **told)
+    journal.add(f"{page.COMMAND}/b", experiments=list(page.NAMES), before=3, **told)
+    assert page.times(journal) == before
+    journal.add(f"{page.COMMAND}/c", experiments=list(page.NAMES), before=0, **told)
+    *same, last = page.times(journal)
+    assert same == before
+    assert last[0] == "`multilora reproduce` from nothing to its end, 2 processes"
+    assert last[3:] == ("55.5", "", "5")
+    with pytest.raises(ValueError, match="jobs: wanted 1 or more, got 0"):
+        page.reproduce(["lora"], tmp_path, jobs=0)

@@ -186,26 +186,30 @@ def _reproduce(capsys, *words):
     return left.value.code, said.out, said.err
 
 
-def measured(line):
-    """A line without when and in what time."""
-    return {name: fact for name, fact in json.loads(line).items() if name != "ran"}
+def measured(path):
+    """Lines without when and in what time, and without those on whole commands."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{n: fact for n, fact in one.items() if n != "ran"} for one in found if page.COMMAND not in one["key"]]
 
 
 def test_quick_runs_write_a_page_and_go_on(capsys, tmp_path, monkeypatch):
-    code, out, err = _reproduce(capsys, "analogy", "--quick", "--out", tmp_path / "r")
+    code, out, err = _reproduce(capsys, "analogy", "--quick", "--jobs", 1, "--out", tmp_path / "r")
     assert (code, out.strip()) == (0, str(tmp_path / "r" / "reproduction.md"))
     assert "here.**" in err
     journal = tmp_path / "r" / "text" / "report.jsonl"
-    lines = journal.read_text().splitlines()
+    before = measured(journal)
+    *lines, last = map(json.loads, journal.read_text().splitlines())
+    assert (last["experiments"], last["jobs"], last["before"], last["lines"]) == (["analogy"], 1, 0, len(lines))
+    assert 0 < sum(one["ran"]["seconds"][0] for one in lines) <= last["wall"] + 0.1
     said = (tmp_path / "r" / "text.md").read_text()
     assert "## Analogy" in said
     assert "## Addition" not in said
     assert (tmp_path / "r" / "text" / "analogy.png").stat().st_size > 1000
-    journal.write_text("\n".join(lines[:1]) + "\n")  # stopped after the first entry
-    _reproduce(capsys, "analogy", "--quick", "--out", tmp_path / "r")
-    assert [measured(a) for a in journal.read_text().splitlines()] == [measured(a) for a in lines]
+    journal.write_text(json.dumps(lines[0]) + "\n")  # stopped after the first entry
+    _reproduce(capsys, "analogy", "--quick", "--jobs", 2, "--out", tmp_path / "r")
+    assert measured(journal) == before
     monkeypatch.setattr(Bench, "ask", lambda *a, **k: pytest.fail("measured again"))
-    _reproduce(capsys, "analogy", "--quick", "--out", tmp_path / "r")
+    _reproduce(capsys, "analogy", "--quick", "--jobs", 1, "--out", tmp_path / "r")
     assert (tmp_path / "r" / "text.md").read_text() == said
 
 

@@ -6,7 +6,9 @@ import concurrent.futures
 import importlib
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ NAMES = {"lora": ("lora",), "addition": ("addition",), "negation": ("negation",)
          "arithmetic_pictures": ("negation", "analogy"), "few_shot": ("few_shot",), "lorahub_text": ("lorahub",),
          "loramoe": ("loramoe",), "token_switch": ("token_switch",), "mole": ("picture",), "fisher_text": ("fisher",),
          "composition": ("composition", "ablation")}  # fmt: skip
+COMMAND = "command"  # first part of the keys of what one `multilora reproduce` took
 LONGEST = ("mole", "composition")  # begun first where several run at once
 HEAD = """# Weights on language: what the papers claim, on the embedded text model
 
@@ -63,6 +66,7 @@ def reproduce(
         raise ValueError(f"jobs: wanted 1 or more, got {jobs}")
     folder = Path(docs) / "text"
     report, work = folder / "report.jsonl", folder / "work" if work is None else Path(work)
+    began, before = time.perf_counter(), _count(found, Journal(report))
     if jobs == 1:
         bench = Bench.embedded(report, work, size, echo)
         for one in found:
@@ -77,7 +81,16 @@ def reproduce(
                 if job.exception():
                     pool.shutdown(wait=False, cancel_futures=True)
                 job.result()
-    return write(Journal(report), Path(docs))
+    journal = Journal(report)
+    took, new = time.perf_counter() - began, _count(found, journal) - before
+    if new:
+        journal.add(f"{COMMAND}/{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}", experiments=[one.name for one in found],
+                    jobs=jobs, before=before, lines=new, wall=round(took, 1))  # fmt: skip
+    return write(journal, Path(docs))
+
+
+def _count(found: Sequence[Experiment], journal: Journal) -> int:
+    return sum(len(lines(one, journal)) for one in found)
 
 
 def _measure(name: str, part: int | None, bench: Bench) -> None:
@@ -115,9 +128,16 @@ def _whole(one: Experiment, journal: Journal) -> bool:
 
 
 def times(journal: Journal) -> list[tuple[str, ...]]:
-    """Rows of systems.RAN: when, on what and how long each experiment was measured, and all together."""
+    """Rows of systems.RAN: when, on what and how long each experiment was measured, all together, and as one command
+    that began with nothing."""
     each = [(one.title, lines(one, journal)) for one in measured(journal)]
-    return [(title, *ran(found)) for title, found in [*each, ("all", [line for _, own in each for line in own])]]
+    rows = [(title, *ran(found)) for title, found in [*each, ("all", [line for _, own in each for line in own])]]
+    for one in journal.of(COMMAND):
+        if not one["before"] and set(one["experiments"]) == set(NAMES):
+            title = f"`multilora reproduce` from nothing to its end, {one['jobs']} processes"
+            on, machine, *_ = ran([one])
+            rows.append((title, on, machine, f"{one['wall'] / 60:.1f}", "", str(one["lines"])))
+    return rows
 
 
 def on_texts(journal: Journal) -> list[Experiment]:
