@@ -139,9 +139,9 @@ def table(journal):
           "Made by `python benchmarks/weigh_pictures.py`.\n\n"
           "Merge of k test-split LoRAs of the embedded world, held-out prompts and seeds, recogniser B. `merge, "
           "grid`, LoRAHub and whatever is learned saw other prompts and seeds, CLIP and recogniser A only, balanced, "
-          "ZipLoRA and RegMean no score at all; the last row's weight was chosen afterwards, by B. The search begins "
-          "at .8 and has 40 evaluations, the grid 6. Intervals in the table take elements as independent, those below "
-          "it the sets.")  # fmt: skip
+          "ZipLoRA and RegMean no score at all (RegMean's 2 was chosen on the train split); the last row's weight was "
+          "chosen afterwards, by B. The search begins at .8 and has 40 evaluations, the grid 6. Intervals in the "
+          "table take elements as independent, those below it the sets.")  # fmt: skip
     beside = Journal(journal.path.with_name("mole.jsonl"))  # the grid's pictures, where both were drawn
     found = {e["key"]: e for own in (journal, beside) for e in own.of("picture")}
     kept = [e for e in found.values() if not e["cell"].startswith(("mole", "no LoRA"))]

@@ -55,20 +55,38 @@ def test_a_round_goes_by_the_formula():
     assert told.rows[1] == pytest.approx([w * 3 / sum(moved) for w in moved])
 
 
-def test_the_most_even_is_kept_and_an_effect_turned_round_does_not_break_it():
-    answers = iter([[0.5, 0.4], [0.5, 0.5001], [-3.0, 0.9]])
+def test_the_most_even_is_kept():
+    answers = iter([[0.5, 0.4], [0.5, 0.49], [0.3, 0.9]])
     found = resolve("weigh", "balanced", rounds=3, close=0)(_loras(2), lambda loras, rows: [next(answers)])
     assert found.best is found.trials[1]
     assert list(found) == list(found.trials[1].weights)
     assert found.ended == "budget"
-    assert math.isfinite(found.trials[2].loss)
+
+
+@pytest.mark.parametrize("kept", [[-3.0, -0.5], [0.001, -2.0], [0.04, 0.0001], [0.04, 0.04]])
+def test_effects_that_are_gone_or_turned_round_are_not_even(kept):
+    answers = iter([[0.9, 0.1], kept, [0.5, 0.2]])
+    found = resolve("weigh", "balanced", rounds=3)(_loras(2), lambda loras, rows: [next(answers)])
+    assert found.trials[1].loss >= -math.log(0.05)
+    assert found.best is found.trials[2]
+    assert found.ended == "budget"
+
+
+def test_effects_that_are_enlarged_count_as_they_are():
+    found = resolve("weigh", "balanced", rounds=1)(_loras(2), lambda loras, rows: [[9.0, 5.0]])
+    assert found.best.loss == pytest.approx(math.log(9 / 45**0.5))
+    assert found.ended == "budget"
 
 
 def test_one_lora_and_the_bounds():
     assert list(resolve("weigh", "balanced")(_loras(1), Drowned(0.1))) == [1.0]
-    found = resolve("weigh", "balanced", rounds=40, close=0)(_loras(2), Drowned(1.0, 1e-3))
-    assert min(found) >= 0.2
-    assert max(found) <= 2.5
+    told = Drowned(1.0, 1.0, 1.0, 1.0, 1e-3)
+    resolve("weigh", "balanced", rounds=40, close=0, mean=0.5)(_loras(5), told)
+    assert max(told.rows[-1]) == pytest.approx(2.5 * 0.5)
+    told = Drowned(1.0, 1.0, 1.0, 1.0, 1e3)
+    resolve("weigh", "balanced", rounds=40, close=0, mean=0.5)(_loras(5), told)
+    assert min(told.rows[-1]) == pytest.approx(0.2 * 0.5)
+    assert all(sum(row) == pytest.approx(2.5, rel=1e-9) for row in told.rows)
 
 
 def test_it_stops_where_it_is_told_to():

@@ -47,8 +47,10 @@ class Journal:
         ran = {"on": datetime.now(UTC).date().isoformat(), "machine": machine(), "seconds": took}
         self.lines[key] = {"key": key, **facts, "ran": ran}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = (json.dumps(self.lines[key]) + "\n").encode()
         with self.path.open("ab", buffering=0) as file:  # one write: other processes append to the same file
-            file.write((json.dumps(self.lines[key]) + "\n").encode())
+            if (written := file.write(line)) != len(line):
+                raise OSError(f"{self.path}: {written} of {len(line)} bytes of a line were written; is the disk full?")
 
     def of(self, part: str) -> list[dict[str, Any]]:
         return [entry for key, entry in self.lines.items() if key.split("/")[0] == part]

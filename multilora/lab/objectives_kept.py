@@ -27,10 +27,13 @@ from multilora.plan import Moment, Pass, one_hot
 
 
 class _Kept:
-    """Sums of products with the LoRAs' own changes, in float64."""
+    """Sums of products with the LoRAs' own changes, in float64 on the CPU."""
 
-    def __init__(self, k: int) -> None:
-        self.along, self.own = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+    def __init__(self, row: Sequence[float], who: str) -> None:
+        if not all(row):
+            raise ValueError(f"{who}: weights {list(row)}: a LoRA at weight 0 is not there to keep anything")
+        self.row, self.who = list(row), who
+        self.along, self.own = torch.zeros(2, len(row), dtype=torch.float64)
 
     def add(self, base: Any, own: Sequence[Any], together: Any) -> None:
         """Predictions, tensors or lists with one tensor per sample."""
@@ -38,28 +41,40 @@ class _Kept:
             for each in zip(base, together, *own, strict=True):
                 self.add(each[0], each[2:], each[1])
             return
-        change = (together - base).double()
+        base = _wide(base)
+        change = _wide(together) - base
         for i, one in enumerate(own):
-            d = (one - base).double()
-            self.along[i] += (change * d).sum().cpu()
-            self.own[i] += d.square().sum().cpu()
+            d = _wide(one) - base
+            self.along[i] += (change * d).sum()
+            self.own[i] += d.square().sum()
 
     def shares(self) -> list[float]:
+        if not (torch.isfinite(self.along).all() and torch.isfinite(self.own).all()):
+            raise ValueError(f"{self.who}: the model's predictions are not finite at the weights {self.row} or for a "
+                             "LoRA alone: lower the weights' mean, or load the model in a wider dtype")  # fmt: skip
         return (self.along / self.own).tolist()
+
+
+def _wide(prediction: Tensor) -> Tensor:
+    return prediction.detach().cpu().double()
 
 
 class KeptEffects:
     """Shares of their own effects that LoRAs keep while a pipeline draws with all of them.
 
     Every prompt with every seed is drawn with the row's weights; on the way each step also runs the base and every
-    LoRA alone, k + 2 runs. Few steps will do. Raises ValueError without prompts or seeds, and for a weight of 0.
+    LoRA alone, k + 2 runs. Few steps will do.
+
+    batch  pictures in one run of the pipeline, None: as many as make 16 samples a run of the model
+
+    Raises ValueError without prompts or seeds, for a weight of 0, and where a prediction is not finite.
     """
 
     name = "kept effects"
 
     def __init__(
         self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 8, guidance: float = 3.0,
-        batch: int = 4, cancel: Any = None,
+        batch: int | None = None, cancel: Any = None,
     ) -> None:  # fmt: skip
         self.pipe, self.steps, self.guidance, self.batch, self.cancel = pipe, steps, guidance, batch, cancel
         self.asked = [(prompt, seed) for prompt in prompts for seed in seeds]
@@ -70,14 +85,13 @@ class KeptEffects:
         return [self._row(loras, row) for row in rows]
 
     def _row(self, loras: Sequence[Lora], row: Sequence[float]) -> list[float]:
-        if not all(row):
-            raise ValueError(f"{self.name}: weights {list(row)}: a LoRA at weight 0 is not there to keep anything")
-        kept = _Kept(len(loras))
-        bound = Bound(Method("kept", "route", "", "", "k + 2", (), (), lambda loras: _probe(len(loras), kept)), {})
-        for first in range(0, len(self.asked), self.batch):
-            part = self.asked[first : first + self.batch]
+        kept = _Kept(row, self.name)
+        bound = Bound(Method("merge", "route", "", "", "k + 2", (), (), lambda loras: _probe(len(loras), kept)), {})
+        size = self.batch or max(1, 8 // (len(loras) + 2))  # two samples a picture where there is guidance
+        for first in range(0, len(self.asked), size):
+            part = self.asked[first : first + size]
             pictures(self.pipe, [p for p, _ in part], [s for _, s in part], loras, bound, steps=self.steps,
-                     guidance=self.guidance, weights=list(row), cancel=self.cancel)  # fmt: skip
+                     guidance=self.guidance, weights=list(row), cancel=self.cancel, output="latent")  # fmt: skip
         return kept.shares()
 
 
@@ -99,7 +113,7 @@ def _probe(k: int, kept: _Kept) -> Any:
 class KeptAnswers:
     """The same of a language model: changes of the log probabilities at the tokens of the examples' answers.
 
-    Arguments as of objectives_text.AnswerLoss.
+    Arguments as of objectives_text.AnswerLoss. Raises ValueError as KeptEffects does, and BadData as AnswerLoss does.
     """
 
     name = "kept effects"
@@ -114,7 +128,7 @@ class KeptAnswers:
     def __call__(self, loras: Sequence[Lora], rows: Sequence[Sequence[float]]) -> list[list[float]]:
         k = len(loras)
         alone = [one_hot((1.0,) * k, i) for i in range(k)]
-        found = [_Kept(k) for _ in rows]
+        found = [_Kept(row, self.name) for row in rows]
         with lane(self.of.model), weighed({None: self.of.model}, loras) as put:
             for first in range(0, len(self.of.tokens), self.of.batch):
                 batch = padded(self.of.tokens[first : first + self.of.batch], self.of.pad)

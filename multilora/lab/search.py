@@ -85,6 +85,10 @@ def prepared(
     from multilora.lab.objectives_pictures import PictureScore
 
     known = None if method == "balanced" else score_of(score or "both", entries, shown)
+    if method == "balanced" and not prompts and None in entries:
+        unknown_one = shown[entries.index(None)]
+        raise ValueError(f"balanced wants prompts that name all the LoRAs: {unknown_one!r} is not of the embedded "
+                         "library, whose scenes are drawn otherwise")  # fmt: skip
     prompts = list(prompts) or search_prompts(entries, shown, 4)
     facts |= {"prompts": prompts, "seeds": [seed + i for i in range(seeds)]}
     if method == "balanced":
@@ -114,7 +118,9 @@ def _texts(
                          "completions")  # fmt: skip
     if prompts:
         raise ValueError("prompts are of pictures; a language model's are those of the examples")
-    if score is not None and (score in SCORES or method in UNSCORED):
+    if score is not None and method in UNSCORED:
+        raise ValueError(f"score {score!r}: {method} {UNSCORED[method]} and takes no score; use lorahub")
+    if score is not None and score in SCORES:
         raise ValueError(f"score {score!r}: texts are scored by their loss (no score), or by file.py:function for a "
                          "search without gradients")  # fmt: skip
     model, tokenizer = load_text(base)

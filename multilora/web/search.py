@@ -39,8 +39,8 @@ def page(shell: Shell) -> None:
                                    "predictions, and draws nothing; even effects needs no score")  # fmt: skip
             score = gr.Radio([(told, name) for name, told in SCORED.items()], value="both", label="Score",
                              info="what the search without gradients makes as high as it can")  # fmt: skip
-            budget = gr.Slider(5, 400, 40, step=1, label="Candidates",
-                               info="weights that are tried; steps of the optimiser by gradient")  # fmt: skip
+            budget = gr.Slider(10, 400, 40, step=1, label="Candidates",
+                               info="weights that are tried; steps by gradient; even effects: 5 rounds")  # fmt: skip
             with gr.Accordion("More", open=False):
                 prompts = gr.Textbox("", label="Prompts", lines=3, info="one a line; none: scenes of the embedded "
                                      "world with all these LoRAs")  # fmt: skip
@@ -150,7 +150,7 @@ def _endpoint(shell: Shell) -> None:
             loras: their references, see list_loras
             method: lorahub (no gradients), learned or balanced
             score: both, presence or clip
-            budget: candidates of lorahub, steps of learned, rounds of balanced
+            budget: candidates of lorahub, steps of learned; balanced has five rounds at most
             prompts: of the pictures, one a line; none draws scenes of the embedded world with all the LoRAs
             pictures: of each prompt, on the same noise for every candidate
             steps: denoising steps of a picture

@@ -16,6 +16,7 @@ from multilora.web.service import Refused, Service, Session
 # name -> (what it is called here, largest budget)
 METHODS = {"lorahub": ("without gradients (LoRAHub, CMA-ES)", 400), "learned": ("by gradient (learned)", 1000),
            "balanced": ("even effects (balanced)", 1000)}  # fmt: skip
+ROUNDS = 5  # of balanced, its default
 SCORED = {"both": "CLIP and presence of each element", "presence": "presence of each element (recogniser A)",
           "clip": "CLIP"}  # fmt: skip
 
@@ -40,12 +41,13 @@ def search_words(
     if any("<lora:" in line for line in asked):
         raise Refused("prompts: LoRAs are chosen in the list, not written as <lora:...>")
     told = [f"--lora={lora}" for lora in lora_words(service, session, references)]
-    told += ["--method", method, "--budget", str(int(budget)), "--steps", str(int(steps)), "--force"]
+    told += ["--method", method, "--steps", str(int(steps)), "--force"]
     told += ["--base", session.base or service.bases[0], *(f"--prompt={line}" for line in asked)]
+    if method == "balanced":  # ends by itself, after its own few rounds
+        return [*told, "--seeds", str(int(pictures))], ROUNDS
+    told += ["--budget", str(int(budget))]
     if method == "lorahub":
         return [*told, "--score", score, "--seeds", str(int(pictures))], int(budget)
-    if method == "balanced":
-        return [*told, "--seeds", str(int(pictures))], int(budget)
     return [*told, "--option", "scope=global", "--option", "form=free"], int(budget) + 1
 
 

@@ -1,7 +1,7 @@
 """Balanced weights: in the merge, every LoRA keeps the same share of its own effect. Our own; no score, no gradient.
 
     r_i = <e - e_0, d_i> / <d_i, d_i>        d_i = e_i - e_0
-    w_i <- w_i (m / r_i)^power, then all times one factor, so that they keep their mean      m = (prod_i r_i)^(1/k)
+    w_i <- w_i (m / r_i)^power, then all times one factor that keeps their mean       m = (prod_i r_i)^(1/k)
 
 e is the prediction with all LoRAs at the weights w, e_0 the base's and e_i that of LoRA i alone at weight 1. LoRAs in
 one pass weaken each other, and not evenly: at equal weights one may keep all of its effect and another next to
@@ -18,7 +18,7 @@ from multilora.chosen import Chosen, Enough, Trial, answers_of, checked_set, nam
 from multilora.lora import Lora
 from multilora.method import Opt, method
 
-LEAST, MOST = 0.05, 4.0  # of r_i in one round: an effect that is turned round or tripled says no more than that
+LEAST, MOST = 0.05, 4.0  # of r_i in a step: an effect that is turned round or many times as large says no more
 LOW, HIGH = 0.2, 2.5  # of a weight, as a share of the mean
 
 
@@ -35,15 +35,17 @@ def balanced(
     mean: Annotated[float, Opt("of the weights", 0.01, 10)] = 1.0,
     power: Annotated[float, Opt("how far a round goes; 1 all the way", 0.01, 1)] = 0.5,
     close: Annotated[
-        float, Opt("end when no LoRA is further than this from the others' share, 0.1 is 10%", 0, 10)
+        float, Opt("end when every LoRA's share is as near as this to the middle one, 0.1 is 10%", 0, 10)
     ] = 0.05,
 ) -> Chosen:
     """The most even of the weights that were measured, the first of which are all `mean`.
 
     objective  (loras, rows) -> [k] shares r_i per row: multilora.lab.objectives_kept has them for pipelines and for
-               language models. A trial's loss is max_i |ln(r_i / m)|
+               language models. A trial's loss is max_i |ln(r_i / m)|, and at least -ln(0.05) where a LoRA keeps less
+               than 0.05 or is turned round: such weights are never taken for even ones
+    mean       weights are within 0.2 and 2.5 of it
 
-    Raises ValueError naming the LoRA where a share is no finite number (it changes nothing where it was measured).
+    Raises ValueError naming the LoRA where a share is no number (it changes nothing where it was measured).
     """
     loras = checked_set(loras, "balanced")
     weights, trials, ended = [float(mean)] * len(loras), [], "budget"
@@ -55,20 +57,34 @@ def balanced(
                 raise
             ended = "stopped"
             break
-        middle = math.exp(math.fsum(map(math.log, kept)) / len(kept))
-        trials.append(Trial(tuple(weights), max(abs(math.log(r / middle)) for r in kept)))
+        floored = [max(r, LEAST) for r in kept]
+        middle = math.exp(math.fsum(map(math.log, floored)) / len(kept))
+        lost = -math.log(LEAST) if min(kept) < LEAST else 0.0
+        trials.append(Trial(tuple(weights), max(lost, *(abs(math.log(r / middle)) for r in floored))))
         if trials[-1].loss <= math.log1p(close):
             ended = f"converged: every LoRA keeps {middle:.2f} of its effect, within {close:.0%}"
             break
-        moved = [w * (middle / r) ** power for w, r in zip(weights, kept, strict=True)]
-        factor = mean * len(moved) / math.fsum(moved)
-        weights = [min(max(w * factor, LOW * mean), HIGH * mean) for w in moved]
+        wanted = [w * (middle / min(r, MOST)) ** power for w, r in zip(weights, floored, strict=True)]
+        weights = _scaled(wanted, float(mean))
     best = min(trials, key=lambda trial: trial.loss)
     return Chosen(best.weights, trials, best, ended)
 
 
+def _scaled(weights: Sequence[float], mean: float) -> list[float]:
+    """All times one factor, cut to LOW and HIGH of the mean, so that the mean is `mean`: the factor by bisection."""
+
+    def cut(factor: float) -> list[float]:
+        return [min(max(w * factor, LOW * mean), HIGH * mean) for w in weights]
+
+    low, high = LOW * mean / max(weights), HIGH * mean / min(weights)  # all at LOW, all at HIGH
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.fsum(cut(middle)) < mean * len(weights) else (low, middle)
+    return cut(high)
+
+
 def _shares(found: Any, loras: Sequence[Lora], objective: Any) -> list[float]:
-    """[k] what each keeps, within LEAST and MOST."""
+    """[k] what each keeps."""
     try:
         kept = [float(r) for r in found]
     except (TypeError, ValueError):
@@ -81,4 +97,4 @@ def _shares(found: Any, loras: Sequence[Lora], objective: Any) -> list[float]:
             name = loras[i].card.name or f"number {i + 1}"
             raise ValueError(f"balanced: LoRA {name!r} changes nothing where it was measured ({r}): give prompts with "
                              "its trigger words")  # fmt: skip
-    return [min(max(r, LEAST), MOST) for r in kept]
+    return kept

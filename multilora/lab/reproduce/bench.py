@@ -86,7 +86,7 @@ class Experiment:
     verdict  (journal) -> (whether the claim held, why)
     figure   (journal) -> a picture
     where    (the journal of texts) -> the journal that tables, verdict and figure read; by default the same one
-    parts    what `measure` does, in pieces that can be done side by side; none for an experiment in one piece
+    parts    what `measure` does, in named pieces that can be done side by side; none for an experiment in one piece
     """
 
     name: str
@@ -98,7 +98,7 @@ class Experiment:
     verdict: Callable[[Journal], tuple[bool, str]]
     figure: Callable[[Journal], Image.Image]
     where: Callable[[Journal], Journal] = lambda journal: journal
-    parts: Sequence[Callable[[Bench], None]] = ()
+    parts: Mapping[str, Callable[[Bench], None]] = field(default_factory=dict)
 
 
 @dataclass

@@ -167,7 +167,7 @@ def tables(journal: Journal) -> str:
         "fine-tuning throughout. Before any of these figures `count` took the place of `mirror`, which few-shot "
         "transfer had shown that nothing learns from 20 examples.",
         table(["method", *(named[t] for t in tasks)], rows),
-        "Cost in CPU-seconds once the checkpoints are there (one thread), mean. A sweep of the weight costs its "
+        "Cost in CPU-seconds once the checkpoints are there, mean. A sweep of the weight costs its "
         "merges and answers besides, for both averages alike.",
         table(["method", "CPU-seconds", "of"], cost),
     ))  # fmt: skip

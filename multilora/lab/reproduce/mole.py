@@ -352,7 +352,7 @@ def figure(journal: Journal) -> Image.Image:
 EXPERIMENT = texts.Experiment(
     "mole", "MoLE: a gate in every layer, in pictures", "https://arxiv.org/abs/2404.13628",
     "three and more LoRAs damage the base at weight 1 and are lost at 1/k; a trained gate beats both",
-    measure, tables, verdict, figure, where, [partial(measure, ks=(k,)) for k in reversed(KS)],
+    measure, tables, verdict, figure, where, {f"k = {k}": partial(measure, ks=(k,)) for k in reversed(KS)},
 )  # fmt: skip
 
 

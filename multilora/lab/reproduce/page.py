@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import importlib
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from multilora.lab.journal import Journal, ran, restart_clock
+from multilora.lab.journal import Journal, ran
 from multilora.lab.reproduce.bench import FULL, Bench, Experiment, Size
+from multilora.lab.reproduce.jobs import measure, read, side_by_side
 from multilora.lab.reproduce.systems import html_page, summary
 from multilora.method import unknown
 from multilora.recipe import save_png
@@ -46,7 +41,7 @@ def experiment(name: str) -> Experiment:
     """Raises UnknownName."""
     if name not in NAMES:
         raise unknown("experiment", name, NAMES)
-    return importlib.import_module(f"multilora.lab.reproduce.{name}").EXPERIMENT
+    return read(name)
 
 
 def reproduce(
@@ -57,30 +52,28 @@ def reproduce(
 
     docs  folder of text.md and text/, which holds report.jsonl (run again to go on from it) and the figures
     work  folder for what is trained on the way, `docs`/text/work by default; not needed afterwards
-    jobs  processes that measure side by side, each with its share of the cores; `echo` is then a function of a module
+    jobs  processes that measure side by side, each with its share of the threads. With more than one, call this under
+          `if __name__ == "__main__":` and give as `echo` a function of a module
 
-    Raises UnknownName for another experiment before anything runs, ValueError for fewer than one job.
+    Raises UnknownName for another experiment before anything runs, ValueError for fewer than one job, and
+    ChildProcessError where a process ended by itself. An error or Ctrl-C ends all processes; finished lines stay in
+    the journals.
     """
-    found = [experiment(name) for name in names or NAMES]
+    found = [experiment(name) for name in dict.fromkeys(names or NAMES)]
     if jobs < 1:
         raise ValueError(f"jobs: wanted 1 or more, got {jobs}")
     folder = Path(docs) / "text"
     report, work = folder / "report.jsonl", folder / "work" if work is None else Path(work)
     began, before = time.perf_counter(), _count(found, Journal(report))
-    if jobs == 1:
+    found.sort(key=lambda one: LONGEST.index(one.name) if jobs > 1 and one.name in LONGEST else len(LONGEST))
+    pieces = [(one.name, part) for one in found for part in one.parts or ("",)] if jobs > 1 else []
+    jobs = min(jobs, max(1, len(pieces)))
+    if jobs > 1:
+        side_by_side(jobs, pieces, report, work, size, echo)
+    else:
         bench = Bench.embedded(report, work, size, echo)
         for one in found:
-            _measure(one.name, None, bench)
-    else:
-        found.sort(key=lambda one: LONGEST.index(one.name) if one.name in LONGEST else len(LONGEST))
-        pieces = [(one.name, part) for one in found for part in range(len(one.parts) or 1)]
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            running = [pool.submit(_measure_alone, *piece, threads, report, work, size, echo) for piece in pieces]
-            for job in concurrent.futures.as_completed(running):
-                if job.exception():
-                    pool.shutdown(wait=False, cancel_futures=True)
-                job.result()
+            measure(one, "", bench)
     journal = Journal(report)
     took, new = time.perf_counter() - began, _count(found, journal) - before
     if new:
@@ -91,20 +84,6 @@ def reproduce(
 
 def _count(found: Sequence[Experiment], journal: Journal) -> int:
     return sum(len(lines(one, journal)) for one in found)
-
-
-def _measure(name: str, part: int | None, bench: Bench) -> None:
-    one = experiment(name)
-    bench.echo(one.title)
-    restart_clock()
-    (one.measure if part is None or not one.parts else one.parts[part])(bench)
-
-
-def _measure_alone(
-    name: str, part: int, threads: int, report: Path, work: Path, size: Size, echo: Callable[[str], None]
-) -> None:
-    torch.set_num_threads(threads)
-    _measure(name, part, Bench.embedded(report, work, size, echo))
 
 
 def lines(one: Experiment, journal: Journal) -> list[dict[str, Any]]:
