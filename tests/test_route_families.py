@@ -31,6 +31,8 @@ def test_settings_that_are_another_method(family):
     plain, _ = drawn(family, "sum_of_differences", 2)
     assert relative(drawn(family, "sum_of_differences", 2, guard=1e6)[0], plain) < 1e-4
     assert relative(drawn(family, "sum_of_differences", 2, guard=0.5)[0], plain) > 1e-4
+    assert relative(drawn(family, "frequency_split", 2, sharpness=0.0)[0], plain) < 1e-4
+    assert relative(drawn(family, "frequency_split", 2, sharpness=8.0)[0], plain) > 1e-4
 
 
 @pytest.mark.parametrize("family", list(families.PIPES))

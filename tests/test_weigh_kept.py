@@ -180,7 +180,7 @@ def test_what_it_refuses(tmp_path):
     with pytest.raises(ValueError, match="balanced measures what each LoRA keeps of its effect and takes no score"):
         prepared("embedded", ["sort", "next"], method="balanced", data=_shots(tmp_path), score="clip")
     mine = shutil.copy(library()["zib"]["path"], tmp_path / "mine.safetensors")
-    with pytest.raises(ValueError, match="balanced wants prompts that name all the LoRAs: 'zib' is not of the embedded"):
+    with pytest.raises(ValueError, match=r"balanced wants prompts that name all .*: 'zib' is not of"):
         prepared("embedded", [str(mine), "merlo"], method="balanced")
 
 
