@@ -36,11 +36,12 @@ def page(shell: Shell) -> None:
             shelf = Shelf(shell, "LoRAs to weigh", "two or more; the weights are found together")
             method = gr.Radio([(told, name) for name, (told, _) in METHODS.items()], value="lorahub", label="Search",
                               info="without gradients any score will do; by gradient it matches each LoRA's own "
-                                   "predictions, and draws nothing; even effects needs no score")  # fmt: skip
+                                   "predictions, and draws nothing; even effects: all keep the same share of "
+                                   "their own, found in 5 rounds")  # fmt: skip
             score = gr.Radio([(told, name) for name, told in SCORED.items()], value="both", label="Score",
                              info="what the search without gradients makes as high as it can")  # fmt: skip
             budget = gr.Slider(10, 400, 40, step=1, label="Candidates",
-                               info="weights that are tried; steps by gradient; even effects: 5 rounds")  # fmt: skip
+                               info="weights that are tried; steps of the optimiser by gradient")  # fmt: skip
             with gr.Accordion("More", open=False):
                 prompts = gr.Textbox("", label="Prompts", lines=3, info="one a line; none: scenes of the embedded "
                                      "world with all these LoRAs")  # fmt: skip
@@ -98,6 +99,10 @@ def page(shell: Shell) -> None:
         except ValueError as error:
             return [*[gr.skip()] * len(shell.controls), gr.skip(), words.said(str(error), bad=True)]
 
+    def fitting(name: str) -> list[Any]:
+        return [gr.update(visible=name == "lorahub"), gr.update(visible=METHODS[name][1] is not None)]
+
+    method.change(fitting, method, [score, budget], **_PRIVATE)
     shown = [state, timer, chart, found, use, seen]
     start.click(begin, [shelf.loras, method, score, budget, prompts, pictures, steps], shown, **_PRIVATE)
     stop.click(end, None, state, **_PRIVATE)
