@@ -15,10 +15,13 @@ from pathlib import Path
 from gradio_client import Client, handle_file
 
 
-def run(url: str, out: Path, steps: int | None = None) -> dict[str, Path]:
-    """Files by what they are: "picture", "merge", "again". `steps` of each picture; None: the base's own number."""
+def run(url: str, out: Path, steps: int | None = None, auth: tuple[str, str] | None = None) -> dict[str, Path]:
+    """Files by what they are: "picture", "merge", "again".
+
+    steps of each picture, None: the base's own number; auth: name and password, where the app asks for a login
+    """
     out.mkdir(parents=True, exist_ok=True)
-    client = Client(url, verbose=False, download_files=out / "downloads")
+    client = Client(url, verbose=False, download_files=out / "downloads", auth=auth)
 
     loras = {entry["name"]: entry for entry in client.predict("", "all", api_name="/list_loras")}
     fox, poncho = loras["korv"], loras["dotta"]
@@ -54,6 +57,8 @@ if __name__ == "__main__":
     reader.add_argument("url")
     reader.add_argument("--out", type=Path, default=Path("pictures"))
     reader.add_argument("--steps", type=int)
+    reader.add_argument("--auth", metavar="NAME:PASSWORD", help="of an app that asks for a login")
     given = reader.parse_args()
-    for what, path in run(given.url, given.out, given.steps).items():
+    login = tuple(given.auth.split(":", 1)) if given.auth else None
+    for what, path in run(given.url, given.out, given.steps, login).items():
         print(f"{what}: {path}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 from typer.testing import CliRunner
 
@@ -225,3 +228,15 @@ def test_the_command_refuses_to_be_open_by_accident_and_adds_users(tmp_path):
         CliRunner().invoke(
             app, ["app", "--auth", str(users), "--new-user", "bob"], input="short\n", catch_exceptions=False
         )
+
+
+def test_a_password_that_is_typed_is_asked_for_twice(tmp_path, monkeypatch):
+    command = importlib.import_module("multilora.cli.app")  # the package's `app` is typer's
+    monkeypatch.setattr(command.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    answers = iter(["right horse", "wrong horse", "right horse", "right horse"])
+    monkeypatch.setattr(command.getpass, "getpass", lambda prompt: next(answers))
+    with pytest.raises(ValueError, match="two passwords are not the same; nothing was added"):
+        command._add_user("ann", tmp_path / "users", hashed)
+    assert not (tmp_path / "users").exists()
+    command._add_user("ann", tmp_path / "users", hashed)
+    assert Logins(read_users(tmp_path / "users"))("ann", "right horse")

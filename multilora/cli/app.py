@@ -81,7 +81,12 @@ def app(
         log=Log(prompts=log_prompts),
     )
     try:
-        launch(service, mcp_server=mcp, **launch_options(service, host=host, port=port, users=users))
+        options = launch_options(service, host=host, port=port, users=users)
+        served, address = launch(service, mcp_server=mcp, prevent_thread_lock=True, quiet=True, **options)
+        note(f"multilora is at {address} (Ctrl-C ends it)")
+        if mcp:
+            note(f"MCP tools (streamable HTTP) are at {address.rstrip('/')}/gradio_api/mcp/")
+        served.block_thread()
     except KeyboardInterrupt:
         note("stopping")
     finally:
@@ -98,9 +103,12 @@ def _add_user(name: str, auth: Path | None, hashed: Any) -> None:
         raise ValueError(f"--new-user {name}: give --auth FILE, the file that the user is added to")
     if not name or ":" in name or name != name.strip() or name.startswith("#"):
         raise ValueError(f"--new-user {name!r}: a name without ':' is wanted, and no spaces or '#' before it")
-    password = getpass.getpass(f"password of {name}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    asked = sys.stdin.isatty()
+    password = getpass.getpass(f"password of {name}: ") if asked else sys.stdin.readline().rstrip("\n")
     if len(password) < 8:
         raise ValueError("the password has less than 8 characters")
+    if asked and getpass.getpass("once more: ") != password:
+        raise ValueError("the two passwords are not the same; nothing was added")
     auth = auth.expanduser()
     auth.touch(mode=0o600)
     with auth.open("a", encoding="utf-8") as file:
