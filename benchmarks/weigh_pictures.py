@@ -1,4 +1,4 @@
-"""LoRAHub, balanced and learned weights, ZipLoRA and RegMean against the best Merge of a grid: the test split.
+"""LoRAHub, learned weights, ZipLoRA and RegMean against the best Merge of a grid: embedded world, test split.
 
     python benchmarks/weigh_pictures.py JOURNAL [--k 2,3,4,5] [--sets 6] [--pictures 200] [--budget 40] [--table]
     python benchmarks/weigh_pictures.py JOURNAL --part 1 --parts 2 [--device cuda --batch 34]    # one of two processes
@@ -6,9 +6,9 @@
 `--table > benchmarks/weigh_pictures.md` writes what is kept in docs/world/weigh_pictures.jsonl. Sets, prompts and
 seeds are those of multilora.lab.reproduce.mole, whose table shows these beside its own.
 
-For every set of test-split LoRAs: weights by grid, LoRAHub, balance and learning, from search prompts and seeds alone
-(CLIP and recogniser A; balanced: what each LoRA keeps of its effect; learned and ZipLoRA: each LoRA's own predictions;
-RegMean: Gram matrices of each LoRA's inputs, of its own prompts). Then pictures of the report's held-out prompts and
+For every set of test-split LoRAs: weights by grid, LoRAHub and learning, from search prompts and seeds alone (CLIP and
+recogniser A; learned and ZipLoRA: each LoRA's own predictions; RegMean: Gram matrices of each LoRA's inputs, of its
+own prompts). Then pictures of the report's held-out prompts and
 seeds, which no search sees, are judged by recogniser B. "merge, grid" is chosen by the same score, prompts and seeds
 as LoRAHub; "merge, best grid weight by B" takes, over all pictures, the grid's weight that B likes best: a limit that
 no honest choice reaches. The journal is one line per finished piece; run again to go on.
@@ -21,7 +21,6 @@ from pathlib import Path
 import multilora as ml
 from multilora.lab.journal import Journal
 from multilora.lab.objectives_denoising import own_predictions
-from multilora.lab.objectives_kept import KeptEffects
 from multilora.lab.objectives_pictures import PictureScore, clip_and_presence
 from multilora.lab.reproduce.bench import mean_interval
 from multilora.lab.reproduce.mole import CHUNK, GRID, MOST, SHARED, STEPS, Bench, best_of_grid, shared_out
@@ -37,7 +36,8 @@ from multilora.pipelines.load import library
 
 SEARCH_SEEDS = (700_000, 700_001)  # the report's pictures have seeds from 0
 GRID_CHOSEN, HUB, SIMPLEX, FREE = "merge, grid", "lorahub", "learned, simplex per layer", "learned, free per layer"
-ZIP, BALANCED, REGMEAN = "ziplora", "balanced, mean 1", "regmean, weight 2/k"
+ZIP, REGMEAN = "ziplora", "regmean, weight 2/k"
+BALANCED = "balanced, mean 1"  # in the journal only
 REGMEAN_TOTAL = 2.0  # sum of the weights: best of 1, 1.5, 2 and 3 at k = 5 on the train split, by recogniser A
 
 
@@ -77,13 +77,8 @@ def chosen_weights(bench, chosen, args):
         loss = own_predictions(pipe, loras, own_prompts(entries, loras, 2), steps=args.search_steps)
         return list(resolve("weigh", "learned", steps=args.learn_steps, **options)(loras, loss))
 
-    def by_balance():
-        kept = KeptEffects(pipe, prompts, SEARCH_SEEDS[:1])
-        return list(resolve("weigh", "balanced")(loras, kept))
-
     settled(GRID_CHOSEN, by_grid)
     settled(HUB, by_search)
-    settled(BALANCED, by_balance)
     settled(SIMPLEX, by_gradient)
     settled(FREE, lambda: by_gradient(form="free", start=0.8))
     return loras, found
@@ -135,13 +130,15 @@ def interval(found, asked):
 
 
 def table(journal):
-    print("# Weights for pictures: a grid, LoRAHub, balance, learning\n\n"
+    print("# Weights for pictures: a grid, LoRAHub, learning, RegMean\n\n"
           "Made by `python benchmarks/weigh_pictures.py`.\n\n"
           "Merge of k test-split LoRAs of the embedded world, held-out prompts and seeds, recogniser B. `merge, "
-          "grid`, LoRAHub and whatever is learned saw other prompts and seeds, CLIP and recogniser A only, balanced, "
-          "ZipLoRA and RegMean no score at all (RegMean's 2 was chosen on the train split); the last row's weight was "
-          "chosen afterwards, by B. The search begins at .8 and has 40 evaluations, the grid 6. Intervals in the "
-          "table take elements as independent, those below it the sets.")  # fmt: skip
+          "grid`, LoRAHub and whatever is learned saw other prompts and seeds, CLIP and recogniser A only, ZipLoRA "
+          "and RegMean no score at all (RegMean's 2 was chosen on the train split); the last row's weight was chosen "
+          "afterwards, by B. The search begins at .8 and has 40 evaluations, the grid 6. Intervals in the table take "
+          "elements as independent, those below it the sets.\n\n"
+          "`balanced` was tried and is not in the tree any more (commit d89cfff has it): weights at which every LoRA "
+          "keeps the same share of its own effect on the predictions.")  # fmt: skip
     beside = Journal(journal.path.with_name("mole.jsonl"))  # the grid's pictures, where both were drawn
     found = {e["key"]: e for own in (journal, beside) for e in own.of("picture")}
     kept = [e for e in found.values() if not e["cell"].startswith(("mole", "no LoRA"))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,13 +18,11 @@ from multilora.cli.console import bars, note, print_json
 def search(
     lora: Annotated[list[str], typer.Option("--lora", help="[NAME=]FILE_OR_LIBRARY_NAME; repeat")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the .json file")] = Path("weights.json"),
-    method: Annotated[str, typer.Option(help="lorahub, balanced, learned or uniform")] = "lorahub",
+    method: Annotated[str, typer.Option(help="lorahub, learned or uniform")] = "lorahub",
     score: Annotated[
         str | None, typer.Option(help="lorahub: clip, presence, both (default) or file.py:function; texts: their loss")
     ] = None,
-    budget: Annotated[
-        int | None, typer.Option(help="candidates of lorahub (40), rounds of balanced (5), steps of learned (100)")
-    ] = None,
+    budget: Annotated[int | None, typer.Option(help="candidates of lorahub (40), steps of learned (100)")] = None,
     base: Annotated[
         str, typer.Option(help="'embedded', a folder of a pipeline or language model, or a hub id")
     ] = "embedded",
@@ -51,7 +48,7 @@ def search(
         if value < 1:
             raise ValueError(f"{name} {value}: wanted at least 1")
     given = list(option or [])
-    named = {"lorahub": "budget", "balanced": "rounds", "learned": "steps"}.get(method)
+    named = {"lorahub": "budget", "learned": "steps"}.get(method)
     if budget is not None:
         if named is None:
             raise ValueError(f"--budget {budget}: {method} tries nothing")
@@ -78,15 +75,13 @@ def search(
             base, [one.source for one in wanted], method=method, score=score, names=[one.name for one in wanted],
             data=data, prompts=prompt or [], seed=seed, seeds=seeds, steps=steps, cancel=stop,
         )  # fmt: skip
-        of = bound.options[named] + (method == "learned") if named else 1
+        of = bound.options.get("budget") or bound.options.get("steps", 0) + 1
         advance = start(f"{method}, {len(found.loras)} LoRAs", of)
         before = _known(state) if going_on else 0
         if before:
             note(f"going on after {before} candidates in {state}")
         watched = Watched(
-            found.objective,
-            lambda done, low: advance(before + done, f"lowest loss {low:.4f}" if math.isfinite(low) else ""),
-            cancel=stop,
+            found.objective, lambda done, low: advance(before + done, f"lowest loss {low:.4f}"), cancel=stop
         )
         try:
             chosen = bound(found.loras, watched)

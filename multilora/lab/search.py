@@ -19,7 +19,6 @@ from multilora.method import unknown
 from multilora.pipelines.load import find_lora, load_pipeline
 
 SCORES = ("clip", "presence", "both")
-UNSCORED = {"learned": "follows the gradient of a loss", "balanced": "measures what each LoRA keeps of its effect"}
 
 
 @dataclass(frozen=True)
@@ -75,26 +74,20 @@ def prepared(
         entries.append(entry)
     shown = [lora.card.name or f"LoRA {i + 1}" for i, lora in enumerate(loras)]
     facts = {"base": base, "seed": seed, "denoising_steps": steps}
-    if score is not None and method in UNSCORED:
-        raise ValueError(f"score {score!r}: {method} {UNSCORED[method]} and takes no score; use lorahub")
     if method == "learned":
+        if score is not None:
+            raise ValueError(
+                f"score {score!r}: learned follows the gradient of a loss and takes no score; use lorahub"
+            )
         objective = _with_gradients(pipe, loras, entries, data, prompts, draws, steps, seed, facts)
         return Prepared(loras, shown, objective, facts)
     if data is not None:
         raise ValueError(f"data {str(data)!r}: {method} on pictures draws its own; reference pictures are for learned")
     from multilora.lab.objectives_pictures import PictureScore
 
-    known = None if method == "balanced" else score_of(score or "both", entries, shown)
-    if method == "balanced" and not prompts and None in entries:
-        unknown_one = shown[entries.index(None)]
-        raise ValueError(f"balanced wants prompts that name all the LoRAs: {unknown_one!r} is not of the embedded "
-                         "library, whose scenes are drawn otherwise")  # fmt: skip
+    known = score_of(score or "both", entries, shown)
     prompts = list(prompts) or search_prompts(entries, shown, 4)
     facts |= {"prompts": prompts, "seeds": [seed + i for i in range(seeds)]}
-    if method == "balanced":
-        from multilora.lab.objectives_kept import KeptEffects
-
-        return Prepared(loras, shown, KeptEffects(pipe, prompts, facts["seeds"], steps=steps, cancel=cancel), facts)
     objective = PictureScore(pipe, prompts, facts["seeds"], known, name=score or "both", steps=steps, cancel=cancel)
     return Prepared(loras, shown, objective, facts)
 
@@ -118,19 +111,13 @@ def _texts(
                          "completions")  # fmt: skip
     if prompts:
         raise ValueError("prompts are of pictures; a language model's are those of the examples")
-    if score is not None and method in UNSCORED:
-        raise ValueError(f"score {score!r}: {method} {UNSCORED[method]} and takes no score; use lorahub")
-    if score is not None and score in SCORES:
+    if score is not None and (score in SCORES or method == "learned"):
         raise ValueError(f"score {score!r}: texts are scored by their loss (no score), or by file.py:function for a "
                          "search without gradients")  # fmt: skip
     model, tokenizer = load_text(base)
     loras = [text_lora(model, source, name) for source, name in zip(sources, names, strict=True)]
-    if method == "balanced":
-        from multilora.lab.objectives_kept import KeptAnswers
-
-        objective: Any = KeptAnswers(model, tokenizer, data)
-    elif score is None:
-        objective = AnswerLoss(model, tokenizer, data)
+    if score is None:
+        objective: Any = AnswerLoss(model, tokenizer, data)
     else:
         objective = AnswerScore(TextComposer(model, tokenizer, base), data, function_of(score), name=score)
     shown = [lora.card.name or Path(source).stem for lora, source in zip(loras, sources, strict=True)]

@@ -36,8 +36,7 @@ def page(shell: Shell) -> None:
             shelf = Shelf(shell, "LoRAs to weigh", "two or more; the weights are found together")
             method = gr.Radio([(told, name) for name, (told, _) in METHODS.items()], value="lorahub", label="Search",
                               info="without gradients any score will do; by gradient it matches each LoRA's own "
-                                   "predictions, and draws nothing; even effects: all keep the same share of "
-                                   "their own, found in 5 rounds")  # fmt: skip
+                                   "predictions, and draws nothing")  # fmt: skip
             score = gr.Radio([(told, name) for name, told in SCORED.items()], value="both", label="Score",
                              info="what the search without gradients makes as high as it can")  # fmt: skip
             budget = gr.Slider(10, 400, 40, step=1, label="Candidates",
@@ -99,10 +98,7 @@ def page(shell: Shell) -> None:
         except ValueError as error:
             return [*[gr.skip()] * len(shell.controls), gr.skip(), words.said(str(error), bad=True)]
 
-    def fitting(name: str) -> list[Any]:
-        return [gr.update(visible=name == "lorahub"), gr.update(visible=METHODS[name][1] is not None)]
-
-    method.change(fitting, method, [score, budget], **_PRIVATE)
+    method.change(lambda name: gr.update(visible=name == "lorahub"), method, score, **_PRIVATE)
     shown = [state, timer, chart, found, use, seen]
     start.click(begin, [shelf.loras, method, score, budget, prompts, pictures, steps], shown, **_PRIVATE)
     stop.click(end, None, state, **_PRIVATE)
@@ -153,9 +149,9 @@ def _endpoint(shell: Shell) -> None:
 
         Args:
             loras: their references, see list_loras
-            method: lorahub (no gradients), learned or balanced
+            method: lorahub (no gradients) or learned
             score: both, presence or clip
-            budget: candidates of lorahub, steps of learned; balanced has five rounds at most
+            budget: candidates of lorahub, steps of learned
             prompts: of the pictures, one a line; none draws scenes of the embedded world with all the LoRAs
             pictures: of each prompt, on the same noise for every candidate
             steps: denoising steps of a picture

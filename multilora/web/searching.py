@@ -13,10 +13,8 @@ from multilora.web.background import searched
 from multilora.web.evaluating import lora_words, within
 from multilora.web.service import Refused, Service, Session
 
-# name -> (what it is called here, largest budget; None where it ends by itself)
-METHODS = {"lorahub": ("without gradients (LoRAHub, CMA-ES)", 400), "learned": ("by gradient (learned)", 1000),
-           "balanced": ("even effects (balanced)", None)}  # fmt: skip
-ROUNDS = 5  # of balanced, its default
+# name -> (what it is called here, largest budget)
+METHODS = {"lorahub": ("without gradients (LoRAHub, CMA-ES)", 400), "learned": ("by gradient (learned)", 1000)}
 SCORED = {"both": "CLIP and presence of each element", "presence": "presence of each element (recogniser A)",
           "clip": "CLIP"}  # fmt: skip
 
@@ -32,8 +30,7 @@ def search_words(
         raise Refused(f"search {method!r}: wanted one of {', '.join(METHODS)}")
     if score not in SCORED:
         raise Refused(f"score {score!r}: wanted one of {', '.join(SCORED)}")
-    if METHODS[method][1]:
-        within("budget", budget, METHODS[method][1])
+    within("budget", budget, METHODS[method][1])
     within("pictures per prompt", pictures, 8)
     within("steps", steps, service.limits.steps)
     asked = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
@@ -42,11 +39,8 @@ def search_words(
     if any("<lora:" in line for line in asked):
         raise Refused("prompts: LoRAs are chosen in the list, not written as <lora:...>")
     told = [f"--lora={lora}" for lora in lora_words(service, session, references)]
-    told += ["--method", method, "--steps", str(int(steps)), "--force"]
+    told += ["--method", method, "--budget", str(int(budget)), "--steps", str(int(steps)), "--force"]
     told += ["--base", session.base or service.bases[0], *(f"--prompt={line}" for line in asked)]
-    if METHODS[method][1] is None:
-        return [*told, "--seeds", str(int(pictures))], ROUNDS
-    told += ["--budget", str(int(budget))]
     if method == "lorahub":
         return [*told, "--score", score, "--seeds", str(int(pictures))], int(budget)
     return [*told, "--option", "scope=global", "--option", "form=free"], int(budget) + 1

@@ -176,8 +176,8 @@ def _accelerator(model: nn.Module, mixed_precision: str | None) -> Any:
     return accelerator
 
 
-def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of a `padded` batch: logits [B, T, vocabulary], and the label that each should say [B, T], or IGNORED."""
+def answer_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy [B, T] in float32 of every label of a `padded` batch, zero where nothing counts."""
     labels = batch["labels"]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     if is_seq2seq(model):
@@ -185,13 +185,7 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
         logits = model(**inputs, decoder_input_ids=start).logits
     else:
         logits, labels = model(**inputs).logits[:, :-1], labels[:, 1:]
-    return logits.float(), labels
-
-
-def answer_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy [B, T] in float32 of every label of a `padded` batch, zero where nothing counts."""
-    logits, labels = answer_logits(model, batch)
-    return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
 
 
 class TextRun(Steps):

@@ -102,14 +102,13 @@ def draw_data(name: str, folder: Path, count: int = PICTURES) -> Path:
 
 def pictures(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], loras: Sequence[Any] = (), method: Any = "merge",
-    *, steps: int = STEPS, guidance: float = GUIDANCE, weights: Sequence[float] | None = None, output: str = "pil",
-    **options: Any,
+    *, steps: int = STEPS, guidance: float = GUIDANCE, weights: Sequence[float] | None = None, **options: Any,
 ) -> list[Image.Image]:  # fmt: skip
     """One picture a prompt, all in one batch; each prompt's noise depends on its seed alone."""
     from multilora.pipelines.image import composing
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators, "output_type": output}
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
     own = pipe.scheduler
     pipe.scheduler = type(own).from_config(own.config)
     try:
