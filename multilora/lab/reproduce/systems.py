@@ -77,7 +77,7 @@ REASONS = {
     ),
     "fisher_text": (
         "the weighted mean comes out nearly as the plain one, perhaps since checkpoints of one base depend on"
-        " much the same weights; and training on costs about as little as a Fisher on a model this small"
+        " much the same weights; and on a model this small a Fisher is no small fraction of training on"
     ),
     "composition": (
         "Switch and Composite leave each LoRA 1/k of its effect, and three or more of these LoRAs need all of"
