@@ -8,10 +8,10 @@ seeds are those of multilora.lab.reproduce.mole, whose table shows these beside 
 
 For every set of test-split LoRAs: weights by grid, LoRAHub and learning, from search prompts and seeds alone (CLIP and
 recogniser A; learned and ZipLoRA: each LoRA's own predictions; RegMean: Gram matrices of each LoRA's inputs, of its
-own prompts). Then pictures of the report's held-out prompts and
-seeds, which no search sees, are judged by recogniser B. "merge, grid" is chosen by the same score, prompts and seeds
-as LoRAHub; "merge, best grid weight by B" takes, over all pictures, the grid's weight that B likes best: a limit that
-no honest choice reaches. The journal is one line per finished piece; run again to go on.
+own prompts). Then pictures of the report's held-out prompts and seeds, which no search sees, are judged by recogniser
+B. "merge, grid" is chosen by the same score, prompts and seeds as LoRAHub; "merge, best grid weight by B" takes, over
+all pictures, the grid's weight that B likes best: a limit that no honest choice reaches. The journal is one line per
+finished piece; run again to go on.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SEARCH_SEEDS = (700_000, 700_001)  # the report's pictures have seeds from 0
 GRID_CHOSEN, HUB, SIMPLEX, FREE = "merge, grid", "lorahub", "learned, simplex per layer", "learned, free per layer"
 ZIP, REGMEAN = "ziplora", "regmean, weight 2/k"
 BALANCED = "balanced, mean 1"  # in the journal only
-REGMEAN_TOTAL = 2.0  # sum of the weights: best of 1, 1.5, 2 and 3 at k = 5 on the train split, by recogniser A
+REGMEAN_TOTAL = 2.0  # sum of the weights: best of 1, 2 and 3 in a try of 24 pictures, train split, k = 5, recogniser A
 
 
 def unseen_prompts(entries, chosen):

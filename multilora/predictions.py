@@ -23,6 +23,13 @@ def mean(predictions: Sequence[Any], mix: Sequence[float]) -> Any:
     return total
 
 
+def batched(fn: Callable, predictions: Sequence[Any]) -> Any:
+    """fn([tensor [B, ...], ...]) -> [B, ...]; where predictions are lists, sample by sample as batches of one."""
+    if isinstance(predictions[0], list):
+        return [fn([p[None] for p in each])[0] for each in zip(*predictions, strict=True)]
+    return fn(predictions)
+
+
 def norms(prediction: Any) -> Any:
     """Euclidean norm of every sample, in float32 at least and of a shape that broadcasts over the prediction."""
     import torch  # methods import this file and must list themselves without torch

@@ -83,7 +83,9 @@ def test_the_command_serves_the_picture_of_a_lone_run(command, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen([sys.executable, *command, "--port", str(port)], env=environment)
+    said = tmp_path / "said"
+    with said.open("w") as stream:
+        server = subprocess.Popen([sys.executable, *command, "--port", str(port)], env=environment, stderr=stream)
     try:
         _until_ready(f"http://127.0.0.1:{port}/healthz", server)
         client = Client(f"http://127.0.0.1:{port}", verbose=False, download_files=tmp_path)
@@ -92,6 +94,7 @@ def test_the_command_serves_the_picture_of_a_lone_run(command, tmp_path):
     finally:
         server.terminate()
         assert server.wait(60) == 0
+    assert f"multilora is at http://127.0.0.1:{port}/ (Ctrl-C ends it)" in said.read_text()
     composer = Composer.from_pretrained("embedded", device="cpu")
     composer.add("korv", weight=0.8)
     alone = composer("a korv fox", method="merge", seed=7, num_inference_steps=6).images[0]

@@ -3,15 +3,16 @@
     d_i = e_i - base          E_i(b) = mean power of d_i in band b, divided by the mean over the bands
     prediction = base + sum_i F^-1[ (E_i(b) / max_j E_j(b))^sharpness F[d_i] ]
 
-LoRAs differ in the frequencies that they act on: styles and textures in high ones, backgrounds and shapes in low ones
-(arXiv 2502.04923, section 3, which uses it to order turns). In a plain sum of differences all of them speak in all
-bands. Here the one whose change has most of its power in a band keeps it whole, and the others step back there.
+LoRAs differ in the frequencies that they act on (arXiv 2502.04923 ranks them by their effect on high ones, to order
+their turns). In a plain sum of differences all of them speak in all bands. Here the one whose change has most of its
+power in a band keeps it whole, and the others step back there. Not yet measured on the embedded world.
 """
 
 from typing import Annotated, Any
 
 from multilora.method import Opt, method
 from multilora.plan import Moment, Pass, one_hot
+from multilora.predictions import batched
 
 
 @method(
@@ -40,11 +41,7 @@ def frequency_split(
         return own if k == 1 else [Pass((0.0,) * k, mix=1.0 - k), *own]
 
     def combine(outputs: list[Any], moment: Moment) -> Any:
-        if k == 1:
-            return outputs[0]
-        if isinstance(outputs[0], list):  # samples without a batch dimension
-            return [split([p[None] for p in each], bands, sharpness)[0] for each in zip(*outputs, strict=True)]
-        return split(outputs, bands, sharpness)
+        return outputs[0] if k == 1 else batched(lambda o: split(o, bands, sharpness), outputs)
 
     plan.combine = combine
     return plan
@@ -55,28 +52,26 @@ def split(outputs, bands: int, sharpness: float):
     import torch
 
     wide = torch.promote_types(outputs[0].dtype, torch.float32)
-    base, *own = [o.to(wide) for o in outputs]
-    where = (1,) if base.ndim == 3 else (-2, -1)
-    waves = torch.fft.fftn(torch.stack(own) - base, dim=[d if d < 0 else d + 1 for d in where])  # [k, B, ..]
-    ring = rings([base.shape[d] for d in where], bands).to(base.device)
-    ring = ring[:, None] if base.ndim == 3 else ring
-    power = waves.abs().square()
-    here = torch.zeros((*power.shape[:2], bands), dtype=wide, device=base.device)  # [k, B, bands]
-    for band in range(bands):
-        inside = (ring == band).expand(power.shape[2:])
-        if inside.any():
-            here[..., band] = power[:, :, inside].mean(-1)
-    loud = here / here.mean(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-    share = (loud / loud.amax(0).clamp(min=torch.finfo(wide).tiny)) ** sharpness
-    factor = share[..., ring.reshape(-1)].reshape(*share.shape[:2], *[1] * (power.ndim - 2 - ring.ndim), *ring.shape)
-    change = torch.fft.ifftn((waves * factor).sum(0), dim=where).real
-    return (base + change).to(outputs[0].dtype)
+    tokens, tiny = outputs[0].ndim == 3, torch.finfo(wide).tiny
+    base, *own = [(o.mT if tokens else o).to(wide) for o in outputs]  # frequencies along the last dimensions
+    where = (-1,) if tokens else (-2, -1)
+    waves = torch.fft.fftn(torch.stack(own) - base, dim=where).flatten(-len(where))  # [k, B, C, .., waves]
+    ring = rings([base.shape[d] for d in where], bands, base.device)
+    inside = torch.nn.functional.one_hot(ring, bands).to(wide)  # [waves, bands]
+    power = waves.abs().square().flatten(2, -2).mean(2)  # [k, B, waves]
+    here = power @ inside / inside.sum(0).clamp(min=1)
+    loud = here / here.mean(-1, keepdim=True).clamp(min=tiny)
+    share = (loud / loud.amax(0).clamp(min=tiny)) ** sharpness  # [k, B, bands]
+    factor = share[..., ring].reshape(*power.shape[:2], *[1] * (waves.ndim - 3), -1)
+    change = torch.fft.ifftn((waves * factor).sum(0).reshape(base.shape), dim=where).real
+    found = (base + change).to(outputs[0].dtype)
+    return found.mT if tokens else found
 
 
-def rings(sizes, bands: int):
-    """[sizes] the band of every frequency of a transform of these sizes: 0 slowest, by distance from frequency 0."""
+def rings(sizes, bands: int, device):
+    """[waves] the band of every frequency of a transform of these sizes: 0 slowest, by distance from frequency 0."""
     import torch
 
     axes = [torch.fft.fftfreq(n, dtype=torch.float64) / 0.5 for n in sizes]  # -1 to 1, in units of the finest wave
     far = sum(a.square() for a in torch.meshgrid(*axes, indexing="ij")).sqrt() / len(sizes) ** 0.5
-    return (far * bands).long().clamp(max=bands - 1)
+    return (far * bands).long().clamp(max=bands - 1).flatten().to(device)

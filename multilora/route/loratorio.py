@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from multilora.method import Opt, method
 from multilora.plan import Moment, Pass, one_hot
+from multilora.predictions import batched
 
 
 @method(
@@ -39,11 +40,7 @@ def loratorio(
         return own if k == 1 else [Pass((0.0,) * k, mix=0.0), *(Pass(p.row, mix=1.0 / k) for p in own)]
 
     def combine(outputs: list[Any], moment: Moment) -> Any:
-        if k == 1:
-            return outputs[0]
-        if isinstance(outputs[0], list):  # samples without a batch dimension
-            return [weighed([p[None] for p in each], patch, temperature)[0] for each in zip(*outputs, strict=True)]
-        return weighed(outputs, patch, temperature)
+        return outputs[0] if k == 1 else batched(lambda o: weighed(o, patch, temperature), outputs)
 
     plan.combine = combine
     return plan

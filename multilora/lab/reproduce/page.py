@@ -65,9 +65,9 @@ def reproduce(
     folder = Path(docs) / "text"
     report, work = folder / "report.jsonl", folder / "work" if work is None else Path(work)
     began, before = time.perf_counter(), _count(found, Journal(report))
-    found.sort(key=lambda one: LONGEST.index(one.name) if jobs > 1 and one.name in LONGEST else len(LONGEST))
-    pieces = [(one.name, part) for one in found for part in one.parts or ("",)] if jobs > 1 else []
-    jobs = min(jobs, max(1, len(pieces)))
+    longest_first = sorted(found, key=lambda one: one.name not in LONGEST)
+    pieces = [(one.name, part) for one in longest_first for part in one.parts or ("",)]
+    jobs = min(jobs, len(pieces))
     if jobs > 1:
         side_by_side(jobs, pieces, report, work, size, echo)
     else:
