@@ -150,7 +150,7 @@ def html_page(found: Sequence[Experiment], journal: Journal, runs: Sequence[Sequ
     )  # fmt: skip
     heads = "".join(f"<th>{name}</th>" for name in ("system", "claim", "the paper's number", "ours", "verdict"))
     times = "".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        "<tr>" + "".join(f"<{tag}>{_code(cell)}</{tag}>" for cell in row) + "</tr>"
         for tag, row in (("th", RAN), *(("td", row) for row in runs))
     )
     figures = "".join(
