@@ -23,20 +23,16 @@ from multilora.method import resolve
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "better.md"
 ARMS = (
-    *(f"merge@{w}" for w in (0.6, 0.8, 1, 1.2, 1.4)),
-    *(f"arrow@{w}" for w in (1, 1.4, 2)),
-    "switch@1:every=1",
-    "switch@1.5:every=1",
-    "stale_composite@1:rows=1",
-    "stale_composite@2:rows=2",
-    "stale_sum@1:rows=1",
-    "stale_sum@1:rows=2",
-    "composite_then_merge@1:early=composite,crossover=0.2",
-    "composite_then_merge@1:early=sum_of_differences,crossover=0.2",
-    *(f"boosted_merge@{w}:boost={b}" for w in (0.6, 0.8, 1) for b in (0.5, 1)),
-    *(f"loratorio@{w}" for w in (0.8, 1, 1.2)),
-    *(f"sum_of_differences@{w}" for w in (0.8, 1)),
-    "sum_of_differences@1:guard=1",
+    *(f"merge@{w}" for w in (0.6, 0.8, 1, 1.2)),
+    *(f"guided_merge@{w}:boost={b}" for b in (0.6, 1.25, 2, 3) for w in (0.8, 1, 1.2)),
+    *(f"arrow@{w}" for w in (1, 1.5, 2, 2.5)),
+    *(f"switch@{w}:every=1" for w in (1, 1.5, 2)),
+    *(f"boosted_merge@{w}" for w in (0.6, 0.8, 1)),
+    *(f"composite_then_merge@{w}:crossover=0.2" for w in (0.8, 1, 1.2)),
+    *(f"k_lora@{w}" for w in (1, 1.4)),
+    *(f"{m}@{w}" for m in ("composite", "cmlora") for w in (1, 2)),
+    *(f"stale_sum@{w}" for w in (0.8, 1)),
+    *(f"{m}@{w}" for m in ("loratorio", "sum_of_differences", "frequency_split") for w in (0.8, 1, 1.2)),
 )
 
 

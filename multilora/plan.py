@@ -15,13 +15,14 @@ from typing import Any
 class Moment:
     """One call of the denoiser (or one token).
 
-    step     0-based step that is being run; an image-to-image run starts at 0 too
-    steps    number of steps of this run
-    t        the timestep as the denoiser gets it, a float
-    sigma    noise level of the step where the scheduler has one, else None
-    weights  [loras] the users' weights at this step, schedules applied
-    cards    [loras] the LoRAs' cards (name, category, triggers)
-    text     the prompt encodings by row, for methods that look at words; None where there is no prompt
+    step      0-based step that is being run; an image-to-image run starts at 0 too
+    steps     number of steps of this run
+    t         the timestep as the denoiser gets it, a float
+    sigma     noise level of the step where the scheduler has one, else None
+    weights   [loras] the users' weights at this step, schedules applied
+    cards     [loras] the LoRAs' cards (name, category, triggers)
+    text      the prompt encodings by row, for methods that look at words; None where there is no prompt
+    guidance  scale of the guidance between the negative and the positive half; None without it or where nobody says
     """
 
     step: int
@@ -31,21 +32,24 @@ class Moment:
     weights: tuple[float, ...]
     cards: tuple[Any, ...] = ()
     text: Any = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
 class Pass:
     """One run of the model.
 
-    row   [loras] factor of each LoRA in this pass (the user's weight times what the method does with it), or a gate:
-          a callable `gate(path, x) -> row` that every adapted layer asks
-    mix   the pass's share of the prediction; None means 1 / passes. May be negative
-    text  which prompt encoding the pass runs on: "own" (that of its row) or "base" (no LoRA in the text encoder)
+    row       [loras] factor of each LoRA in this pass (the user's weight times what the method does with it), or a
+              gate: a callable `gate(path, x) -> row` that every adapted layer asks
+    mix       the pass's share of the prediction; None means 1 / passes. May be negative
+    text      which prompt encoding the pass runs on: "own" (that of its row) or "base" (no LoRA in the text encoder)
+    negative  factor on the row in the negative (unconditional) half; without one the row acts everywhere
     """
 
     row: Sequence[float] | Any
     mix: float | None = None
     text: str = "own"
+    negative: float = 1.0
 
 
 def one_hot(weights: Sequence[float], index: int) -> tuple[float, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,28 @@ def half_of(guider: Any) -> str | None:
     if guider is None:
         return None
     return "positive" if guider.is_conditional else "negative"
+
+
+def guidance_of(pipe: Any) -> float | None:
+    """g of prediction = negative + g (positive - negative) in the picture that is being drawn.
+
+    None where the pipeline does not say: true_cfg_scale (FLUX.1, Qwen-Image) stays inside its call.
+    """
+    guider = getattr(pipe, "guider", None)
+    if guider is None and has_true_cfg(type(pipe)):
+        return None
+    scale = getattr(pipe if guider is None else guider, "guidance_scale", None)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        return None
+    # Z-Image and a guider of the original formulation add g (positive - negative) to the positive prediction.
+    above = getattr(guider, "use_original_formulation", False) or type(pipe).__name__.startswith("ZImage")
+    return float(scale) + (1.0 if above else 0.0)
+
+
+@functools.cache
+def has_true_cfg(cls: type) -> bool:
+    """Whether a pipeline's call guides by true_cfg_scale."""
+    return issubclass(cls, Callable) and "true_cfg_scale" in inspect.signature(cls.__call__).parameters
 
 
 def member(
@@ -285,6 +309,7 @@ def composing(
             cancel=cancel,
             guided=lambda: getattr(pipe, "do_classifier_free_guidance", None),
             half=lambda: half_of(getattr(pipe, "guider", None)),
+            guidance=lambda: guidance_of(pipe),
         )
         stack.callback(conductor.caches.close)
         conductor.caches.branch = branch

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,10 +73,12 @@ def intercepted(module: nn.Module, conduct: Callable[[Callable, tuple, dict], An
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of the model: the row (or gate) and the text-encoder row that it takes."""
+    """One run of the model: the row (or gate) and the text-encoder row that it takes; both times `negative` in the
+    negative half."""
 
     row: Any
     text: tuple[float, ...]
+    negative: float = 1.0
 
 
 class Conductor:
@@ -84,6 +87,7 @@ class Conductor:
     passes_per_call  how many passes may run as one batch; None for all of them
     cancel           an object with `is_set()`, read before every run
     guided           whether the pipeline's calls hold a negative half; None where it does not say
+    guidance         scale of the guidance; None where the pipeline does not say
     half             "negative" or "positive" where each has its own call (a guider's conditions), else None
     """
 
@@ -100,6 +104,7 @@ class Conductor:
         cancel: Any = None,
         guided: Callable[[], bool | None] = lambda: None,
         half: Callable[[], str | None] = lambda: None,
+        guidance: Callable[[], float | None] = lambda: None,
     ):
         inner = getattr(denoiser, "_orig_mod", denoiser)
         self.forward = inner.forward
@@ -108,6 +113,7 @@ class Conductor:
         self.denoiser, self.alone = denoiser, True
         self.bank, self.members, self.bound, self.clock, self.encodings = bank, list(members), bound, clock, encodings
         self.passes_per_call, self.cancel, self.guided, self.half = passes_per_call, cancel, guided, half
+        self.guidance = guidance
         self.caches = Caches(
             denoiser, lambda: (clock.advances, clock.step), lambda: len(clock.calls), [s.module for s in bank.sites]
         )
@@ -116,6 +122,7 @@ class Conductor:
         self._plan: Any = None
         self._masks: dict[int, Tensor] = {}
         self._steady = Steady()
+        self._told = False
         self._where = (-1, -1)
         if self.table is None:
             self._refuse_options()
@@ -158,6 +165,7 @@ class Conductor:
             tuple(m.weight.at(step, self.clock.steps, self.clock.sigma) for m in self.members),
             tuple(m.lora.card for m in self.members),
             self.encodings,
+            self.guidance(),
         )
         passes = self._plan(moment)
         result = self._perform(model, arguments, passes, moment)
@@ -205,7 +213,7 @@ class Conductor:
         plain = tuple(0.0 if i in masked else v for i, v in enumerate(row))
         rows = [plain, *(tuple(v if i in group or i not in masked else 0.0 for i, v in enumerate(row))
                          for group in groups.values())]  # fmt: skip
-        at = [_index(runs, _Run(gate.at(r) if gate else r, self._text(p, r, moment))) for r in rows]
+        at = [_index(runs, _Run(gate.at(r) if gate else r, self._text(p, r, moment), p.negative)) for r in rows]
         return [at[0], *zip(groups, at[1:], strict=True)]
 
     def _same_mask(self, i: int) -> int:
@@ -258,7 +266,7 @@ class Conductor:
         return outputs
 
     def _run_batch(self, model: Callable, arguments: dict, runs: list[_Run]) -> list[Any]:
-        halves = self._halves(arguments)
+        halves = self._halves(arguments, any(r.negative != 1.0 for r in runs))
         texts = [self._texts(arguments, run, halves) for run in runs]
         if any(inputs.shapes(t) != inputs.shapes(texts[0]) for t in texts) and self.table.layout != "list":
             return [self._run_batch(model, arguments, [run])[0] for run in runs]
@@ -270,12 +278,12 @@ class Conductor:
             inputs.put(arguments, path, self._steady.same(path, parts, lambda parts=parts: inputs.joined(parts)))
         if callable(runs[0].row):
             self.bank.gate = gate = runs[0].row
-            if any(m.positive_only for m in self.members):
-                gate.by_sample([self._positive(gate.weights, h) for h in halves])
+            if runs[0].negative != 1.0 or any(m.positive_only for m in self.members):
+                gate.by_sample([self._in_half(gate.weights, h, runs[0].negative) for h in halves])
             with self.caches.running(runs):
                 return [model(**arguments)]
         self.bank.gate = None
-        rows = [self._positive(r.row, h) for r in runs for h in halves]
+        rows = [self._in_half(r.row, h, r.negative) for r in runs for h in halves]
         if self.alone and self.table is not None and len(set(rows)) > 1:
             return [self._run_parts(model, arguments, runs, rows)]
         self.bank.row = rows[0] if len(set(rows)) == 1 else torch.tensor(rows, dtype=torch.float64)
@@ -294,15 +302,18 @@ class Conductor:
             start = stop
         return answer(outputs[0], inputs.joined([prediction(o) for o in outputs]))
 
-    def _positive(self, row: Sequence[float], half: str) -> tuple[float, ...]:
+    def _in_half(self, row: Sequence[float], half: str, negative: float) -> tuple[float, ...]:
         if half != "negative":
             return tuple(row)
-        return tuple(0.0 if m.positive_only else v for v, m in zip(row, self.members, strict=True))
+        return tuple(0.0 if m.positive_only else v * negative for v, m in zip(row, self.members, strict=True))
 
-    def _halves(self, arguments: dict) -> list[str]:
-        """[B] "negative" or "positive" for each sample of this call; "" where that is not known."""
+    def _halves(self, arguments: dict, differ: bool) -> list[str]:
+        """[B] "negative" or "positive" for each sample of this call; "" where that is not known.
+
+        differ  whether the method has other rows in the negative half
+        """
         if self.table is None:
-            return [""]
+            return self._unknown_halves(1, f"{self.family} is not in the table of denoiser arguments", differ)
         batch = inputs.batch_of(self.table, arguments)
         half = self.half()
         if half is not None:
@@ -310,29 +321,37 @@ class Conductor:
         if self.table.negative == "second":
             negative = self._where[1] % 2 == 1 and len(self.encodings.calls) != 1
             return ["negative" if negative else "positive"] * batch
-        if not self.encodings.swaps and not any(m.positive_only for m in self.members):
+        if not differ and not self.encodings.swaps and not any(m.positive_only for m in self.members):
             return [""] * batch  # nobody asks
         pictures, said = self.encodings.pictures, self.guided()
+        called = f"{self.family} is called with {batch} samples for {pictures} pictures"
         if pictures:
             guided = batch == 2 * pictures
             # Without guidance, twice the batch is something else (perturbed attention).
             if batch not in (pictures, 2 * pictures) or (guided and said is not None and not said):
-                return self._unknown_halves(batch)
+                return self._unknown_halves(batch, called, differ)
         else:
             guided = said and inputs.same_halves(self.table, arguments)
             if said and not guided and self.table.layout != "list":  # Z-Image's late calls have no negative half
-                return self._unknown_halves(batch)
+                return self._unknown_halves(batch, called, differ)
         if not guided:
             return ["positive"] * batch
         order = ("negative", "positive") if self.table.negative == "first" else ("positive", "negative")
         return [half for half in order for _ in range(batch // 2)]
 
-    def _unknown_halves(self, batch: int) -> list[str]:
-        why = f"{self.family} is called with {batch} samples for {self.encodings.pictures} pictures"
+    def _unknown_halves(self, batch: int, why: str, differ: bool) -> list[str]:
         positive = [m.name for m in self.members if m.positive_only]
         if positive:
             raise ValueError(f"positive_only of LoRA {positive[0]!r}: {why}, so its negative part is unknown")
-        self.encodings.fall_back(why)
+        if differ and not self._told:
+            self._told = True
+            warnings.warn(
+                f"method {self.bound.record.name}: {why}, so its negative part is unknown. The LoRAs act on all of it "
+                "alike.",
+                stacklevel=2,
+            )
+        if self.table is not None:
+            self.encodings.fall_back(why)
         return [""] * batch
 
     def _texts(self, arguments: dict, run: _Run, halves: list[str]) -> dict[str, Any]:
@@ -344,7 +363,7 @@ class Conductor:
         for path, name in self.table.text.items():
             parts, sources = [], []
             for half, samples in groups:
-                row, second = self._positive(run.text, half), self.table.negative == "second"
+                row, second = self._in_half(run.text, half, run.negative), self.table.negative == "second"
                 encoding = self.encodings.get(row, 1 if second and half == "negative" else 0)
                 value = encoding.get(name if second or half != "negative" else f"negative_{name}")
                 sources.append(value)

@@ -30,7 +30,7 @@ from multilora.attach import Bank, attached
 from multilora.bases import component_of
 from multilora.method import Bound, Method, resolve, unknown
 from multilora.pipelines.clock import Clock
-from multilora.pipelines.composing import DENOISERS, check_run, denoiser_of, warned
+from multilora.pipelines.composing import DENOISERS, check_run, denoiser_of, guidance_of, warned
 from multilora.pipelines.denoise import Conductor, intercepted
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.members import Member
@@ -262,6 +262,7 @@ class MultiLoraGuider(BaseGuidance):
             passes_per_call=self.config.passes_per_call,
             cancel=self.cancel,
             half=lambda: self._halves[min(self._count_prepared, len(self._halves)) - 1],
+            guidance=lambda: guidance_of(SimpleNamespace(guider=self.inner)),
         )
         self.passes = conductor.passes
         return _Picture(denoiser, bank, conductor, clock)

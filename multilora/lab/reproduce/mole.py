@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -128,6 +129,9 @@ class Bench:
     def _key(self, name: str, chosen: Sequence[str], part: range, setting: str) -> str:
         return f"picture/{name}/{'+'.join(chosen)}/{part.start}+{len(part)}/{self.steps}/{setting}"
 
+    def drawn(self, name: str, chosen: Sequence[str], indices: Sequence[int], images: Sequence[Any]) -> None:
+        """What else to keep of pictures; nothing here."""
+
     def cell(
         self, name: str, chosen: Sequence[str], count: int, loras: Sequence[Any], weights: Sequence[float],
         method: Any = "merge", setting: str = "",
@@ -144,7 +148,10 @@ class Bench:
             scenes = [composed_scene(chosen, i) for i in indices]
             texts = [caption(scene, 1) for scene in scenes]
             watched, runs = traced(resolve("route", method))
+            began = time.process_time()
             images = pictures(self.pipe, texts, indices, loras, watched, steps=self.steps, weights=list(weights))
+            seconds = (time.process_time() - began) / len(images)
+            self.drawn(name, chosen, indices, images)
             shares, rows = shares_of(runs), [len(step.passes) for run in runs for step in run]
             read = list(zip(scenes, texts, self.eyes.labels(images), self.clip.score(images, texts), strict=True))
             for part in now:
@@ -162,7 +169,8 @@ class Bench:
                     elements=each, found=sum(each.values()), asked=len(chosen) * len(part), pictures=len(part),
                     complete=sum(all(one[head] == n for head, n in wanted.items()) for one in seen),
                     generic=[sum(generic), len(generic)], clip=[round(score, 3) for *_, score in mine],
-                    shares=shares, rows=round(sum(rows) / len(rows), 3) if rows else 1.0, device=self.device,
+                    shares=shares, rows=round(sum(rows) / len(rows), 3) if rows else 1.0, seconds=round(seconds, 3),
+                    device=self.device,
                 )  # fmt: skip
 
 

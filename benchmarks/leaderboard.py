@@ -1,0 +1,202 @@
+"""Every way to compose against the best Merge of a grid: embedded world, test split, recogniser B.
+
+    python benchmarks/leaderboard.py [--k 5,4,3,2] [--pictures 200] [METHOD ...]     # measure what the journal lacks
+    python benchmarks/leaderboard.py --part 1 --parts 2                              # one of two processes
+    python benchmarks/leaderboard.py --table > benchmarks/leaderboard.md             # of what is there
+
+Sets, prompts and seeds are those of multilora.lab.reproduce.mole. Each method has, for each k, the one setting that
+did best on the train split by recogniser A (benchmarks/better.py, docs/world/better.jsonl); only Merge is also told
+with the weight of a grid that B likes best afterwards, a limit that no honest choice exceeds. Pictures that other
+benchmarks drew of the same sets, prompts and seeds (gates, LoRAHub, ZipLoRA: mole.jsonl and weigh_pictures.jsonl
+beside the journal) are rows as well, without quality and seconds where these were not kept.
+
+Quality is the kernel distance of multilora.lab.evaluate.quality between a cell's pictures and real renders of the
+scenes asked for; a cell's features lie in the work folder until all of them are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.better import cells as trained
+from benchmarks.better import read
+from multilora.lab.evaluate.quality import kernel_distance
+from multilora.lab.evaluate.statistics import wilson
+from multilora.lab.journal import Journal
+from multilora.lab.reproduce.bench import mean_interval, rate
+from multilora.lab.reproduce.mole import CHUNK, SHARED, STEPS, Bench, best_of_grid, by_k, shared_out
+from multilora.lab.world.render import render
+from multilora.lab.world.report import GUIDANCE, composed_scene
+from multilora.lab.world.tables import table
+from multilora.method import resolve
+
+WORLD = Path(__file__).resolve().parents[1] / "docs" / "world"
+OTHER = 500  # numbers of the scenes of the floor
+RENDERS = "real renders of other scenes"
+BESIDE = ("mole.jsonl", "weigh_pictures.jsonl")
+
+
+def settings(journal: Journal) -> dict[int, dict[str, str]]:
+    """k -> method -> the arm that showed most of the elements on the train split, the first of equals."""
+    found: dict[int, dict[str, str]] = {}
+    for k, arms in trained(journal).items():
+        best: dict[str, tuple[float, str]] = {}
+        for arm, counts in arms.items():
+            name, seen = arm.partition("@")[0], counts["found"] / counts["asked"]
+            if name not in best or seen > best[name][0]:
+                best[name] = seen, arm
+        found[k] = {name: arm for name, (_, arm) in best.items()}
+    return found
+
+
+class Board(Bench):
+    """A bench that keeps what recogniser B reads of every picture."""
+
+    def folder(self, name: str, chosen: Sequence[str]) -> Path:
+        return self.work / "features" / name.replace(":", "_") / "+".join(chosen)
+
+    def drawn(self, name: str, chosen: Sequence[str], indices: Sequence[int], images: Sequence[Any]) -> None:
+        folder = self.folder(name, chosen)
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, row in zip(indices, self.eyes.features(images), strict=True):
+            np.save(folder / f"{index}.npy", row)
+
+    def rows(self, name: str, places: Iterable[tuple[Sequence[str], int]]) -> list[np.ndarray] | None:
+        """The features of a cell's pictures; None where some are missing."""
+        paths = [self.folder(name, chosen) / f"{i}.npy" for chosen, count in places for i in range(count)]
+        return [np.load(p) for p in paths] if all(p.is_file() for p in paths) else None
+
+    def quality(self, k: int, places: Sequence[tuple[Sequence[str], int]], names: Iterable[str]) -> None:
+        """One line for each cell whose pictures are all there, and the floor."""
+        count = sum(n for _, n in places)
+        left = [name for name in (*names, RENDERS) if f"quality/{name}/{k}/{count}" not in self.journal]
+        if not left:
+            return
+        real, other = (
+            self.eyes.features([render(composed_scene(chosen, i + more)) for chosen, n in places for i in range(n)])
+            for more in (0, OTHER)
+        )
+        for name in left:
+            found = other if name == RENDERS else self.rows(name, places)
+            if found is not None:
+                value = kernel_distance(np.stack(list(found)), real)
+                told = {end: round(getattr(value, end), 3) for end in ("value", "low", "high")}
+                self.journal.add(f"quality/{name}/{k}/{count}", cell=name, k=k, pictures=count, **told)
+
+
+def measure(board: Board, chosen: Sequence[str], count: int, arms: Iterable[str]) -> None:
+    loras = [board.lora(name) for name in chosen]
+    for arm in arms:
+        name, weight, options = read(arm)
+        board.cell(arm, chosen, count, loras, [weight] * len(chosen), resolve("route", name, **options))
+    print(f"{'+'.join(chosen)}: done", flush=True)
+
+
+def gathered(journal: Journal) -> dict[int, dict[str, dict[str, dict[str, Any]]]]:
+    """k -> cell -> place -> entry, of this journal and those beside it."""
+    found = by_k(journal)
+    for path in BESIDE:
+        for k, cells in by_k(Journal(journal.path.with_name(path))).items():
+            for name, entries in cells.items():
+                if k in found and "masked out" not in name and not name.startswith("no LoRA"):
+                    found[k].setdefault(name, {}).update(entries)
+    return found
+
+
+def seen(entries: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    entries = list(entries)
+    return sum(e["found"] for e in entries), sum(e["asked"] for e in entries)
+
+
+def gain(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Elements shown above another cell, with the interval over the sets and that over pictures in batches."""
+    common = [p for p in ours if p in theirs]
+    if not common:
+        return ""
+    each = [rate(seen([ours[p]])) - rate(seen([theirs[p]])) for p in common]
+    sets: dict[str, list[float]] = {}
+    for p, value in zip(common, each, strict=True):
+        sets.setdefault(p.split("/")[0], []).append(value)
+    mean, low, high = mean_interval(each)
+    _, least, most = mean_interval([sum(v) / len(v) for v in sets.values()])
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f}; sets {least:+.2f} to {most:+.2f})"
+
+
+def spread(found: int, asked: int) -> str:
+    low, high = wilson(found, asked)
+    return f"{found / asked:.2f} ({low:.2f} to {high:.2f})"
+
+
+def page(journal: Journal) -> str:
+    parts = [
+        "# Leaderboard\n\nMade by `python benchmarks/leaderboard.py`.\n\n"
+        f"LoRAs of the embedded world's test split, held-out prompts and seeds, {STEPS} steps, guidance {GUIDANCE:g}; "
+        "the same noise for all. METHOD@WEIGHT:options; the setting of each k was chosen on the train split by "
+        "recogniser A (better.md), the best Merge afterwards by B. Elements and complete pictures by B, elements "
+        "taken as independent; gains over the best Merge on the same noise, over batches of pictures and over "
+        "the sets. Quality: kernel distance of B's features to real renders, in thousandths, less is better. Rows: "
+        "runs of the model a step. Seconds: CPU time of a picture, one thread, beside another process."
+    ]
+    for k, cells in gathered(journal).items():
+        best = best_of_grid({n: list(c.values()) for n, c in cells.items()})
+        quality = {e["cell"]: e for e in journal.of("quality") if e["k"] == k}
+        rows = []
+        for name, own in sorted(cells.items(), key=lambda item: -rate(seen(item[1].values()))):
+            if name.startswith("merge, weight") and name not in (best, SHARED):
+                continue
+            entries = list(own.values())
+            count = sum(e["pictures"] for e in entries)
+            clip = [c for e in entries for c in e.get("clip", ())]
+            timed = [e for e in entries if "seconds" in e]
+            told = f"**{name}, the grid's best by B**" if name == best else name
+            rows.append([
+                told, str(count), spread(*seen(entries)), spread(sum(e["complete"] for e in entries), count),
+                "" if name == best or best is None else gain(own, cells[best]),
+                f"{sum(clip) / len(clip):.1f}" if clip else "",
+                f"{quality[name]['value']:.0f} ({quality[name]['low']:.0f} to {quality[name]['high']:.0f})"
+                if name in quality else "",
+                f"{sum(e['rows'] * e['pictures'] for e in entries) / count:.2f}",
+                f"{sum(e['seconds'] * e['pictures'] for e in timed) / sum(e['pictures'] for e in timed):.2f}"
+                if timed else "",
+            ])  # fmt: skip
+        head = ["way", "pictures", "elements", "complete", "gain", "CLIP", "quality", "rows", "seconds"]
+        floor = quality.get(RENDERS)
+        parts.append(f"## k = {k}\n\n{table(head, rows)}")
+        if floor:
+            parts.append(f"Quality of {RENDERS}: {floor['value']:.0f} ({floor['low']:.0f} to {floor['high']:.0f}).")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help="of these only, by name")
+    parser.add_argument("--k", default="5,4,3,2")
+    parser.add_argument("--journal", type=Path, default=WORLD / "leaderboard.jsonl")
+    parser.add_argument("--work", type=Path, default=Path("out") / "leaderboard")
+    parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
+    parser.add_argument("--device", default="cpu")
+    for name, default in (("sets", 6), ("pictures", 200), ("batch", CHUNK), ("part", 1), ("parts", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    if not args.table:
+        chosen = settings(Journal(WORLD / "better.jsonl"))
+        board = Board(args.journal, args.work, device=args.device, batch=args.batch)
+        for k in map(int, args.k.split(",")):
+            arms = {n: arm for n, arm in chosen[k].items() if not args.methods or n in args.methods}
+            for one, count in shared_out([k], args):
+                measure(board, one, count, arms.values())
+            whole = argparse.Namespace(**{**vars(args), "part": 1, "parts": 1})
+            board.quality(k, shared_out([k], whole), arms.values())
+    print(page(Journal(args.journal)))
+
+
+if __name__ == "__main__":
+    main()
