@@ -1,18 +1,22 @@
 """Ways to compose on the TRAIN split of the embedded world, read by recogniser A: where settings are looked for.
 
-    python benchmarks/better.py [--k 2 3 4 5] [--sets 6] [--pictures 120] [ARM ...]
+    python benchmarks/better.py [--k 2 3 4 5] [--sets 12] [--pictures 12] [ARM ...]
     python benchmarks/better.py --part 1 --parts 2 [--device cuda --batch 20] --journal FILE      # one of two jobs
     python benchmarks/better.py --table                                 # of what the journal holds
+    python benchmarks/better.py --auto                                  # likewise assets/auto.json, which Auto reads
 
 An arm is METHOD@WEIGHT or METHOD@WEIGHT:option=value,option=value; without arms, those of ARMS. All arms have the same
-sets, prompts and noise. What is in the journal is not drawn again; the table of all that is there is written to
+sets, prompts and noise. `mole` has a gate for each set, whose training takes a minute: only where
+it is asked for. What is in the journal is not drawn again; the table of all that is there is written to
 benchmarks/better.md. Nothing here may choose by the test split or by recogniser B.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from multilora.lab.evaluate.statistics import wilson
 from multilora.lab.journal import Journal
@@ -22,6 +26,7 @@ from multilora.method import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "better.md"
+AUTO = ROOT / "assets" / "auto.json"
 ARMS = (
     *(f"merge@{w}" for w in (0.6, 0.8, 1, 1.2)),
     *(f"guided_merge@{w}:boost={b}" for b in (0.6, 1.25, 2, 3) for w in (0.8, 1, 1.2)),
@@ -45,11 +50,18 @@ def read(arm: str) -> tuple[str, float, dict[str, str]]:
     return name, float(weight or 1), options
 
 
+def drawn_with(bench: Bench, arm: str, chosen: tuple[str, ...]) -> tuple[str, float, dict[str, str]]:
+    """`read`, with the set's gate for mole: rows that sum to k, trained now where the work folder has none."""
+    name, weight, options = read(arm)
+    return name, weight, {**options, "gate": str(bench.gate(chosen, "row sums to k"))} if name == "mole" else options
+
+
 def measure(bench: Bench, chosen: tuple[str, ...], count: int, arms: list[str]) -> None:
     loras = [bench.lora(name) for name in chosen]
     for arm in arms:
-        name, weight, options = read(arm)
-        bench.cell(arm, chosen, count, loras, [weight] * len(chosen), resolve("route", name, **options))
+        if bench.left(arm, chosen, count):
+            name, weight, options = drawn_with(bench, arm, chosen)
+            bench.cell(arm, chosen, count, loras, [weight] * len(chosen), resolve("route", name, **options))
     print(f"{'+'.join(chosen)}: done", flush=True)
 
 
@@ -83,18 +95,46 @@ def write(journal: Journal) -> None:
     TABLE.write_text("\n".join([*lines, ""]))
 
 
+def choices(journal: Journal) -> dict[int, list[dict[str, Any]]]:
+    """k -> the arms of which each shows more than every one that costs no more, from cheap to dear; of equals the one
+    that shows most over all k."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    everywhere = cells(journal)
+    pooled = {arm: sum(by[arm]["found"] / by[arm]["asked"] for by in everywhere.values() if arm in by)
+              for by in everywhere.values() for arm in by}  # fmt: skip
+    for k, arms in everywhere.items():
+        shown = {arm: c["found"] / c["asked"] for arm, c in arms.items()}
+        best = max(v for arm, v in shown.items() if arm.startswith("merge@"))
+        kept: list[dict[str, Any]] = []
+        for arm in sorted(arms, key=lambda a: (arms[a]["rows"] / arms[a]["pictures"], -shown[a], -pooled[a])):
+            c = arms[arm]
+            if not kept or shown[arm] > kept[-1]["shown"]:
+                name, weight, options = read(arm)
+                bound = resolve("route", name, **options)
+                kept.append({"method": name, "weight": weight, "options": {n: bound.options[n] for n in options},
+                             "rows": round(c["rows"] / c["pictures"], 2), "shown": round(shown[arm], 3),
+                             "merge": round(best, 3), "pictures": c["pictures"]})  # fmt: skip
+        found[k] = kept
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", default=list(ARMS))
     parser.add_argument("--k", type=int, nargs="+", default=[2, 3, 4, 5])
-    parser.add_argument("--journal", type=Path, default=ROOT / "out" / "better.jsonl")
+    parser.add_argument("--journal", type=Path, default=ROOT / "docs" / "world" / "better.jsonl")
+    parser.add_argument("--auto", action="store_true", help=f"write {AUTO.relative_to(ROOT)}, measure nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="write what the journal holds, measure nothing")
-    for name, default in (("pictures", 120), ("sets", 6), ("batch", CHUNK), ("part", 1), ("parts", 1)):
+    for name, default in (("pictures", 12), ("sets", 12), ("batch", CHUNK), ("part", 1), ("parts", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     for arm in asked.arms:
         read(arm)
+    if asked.auto:
+        told = {"made by": "python benchmarks/better.py --auto", "choices": choices(Journal(asked.journal))}
+        AUTO.write_text(json.dumps(told, indent=1) + "\n")
+        return
     if not asked.table:
         bench = Bench(asked.journal, asked.journal.parent, device=asked.device, batch=asked.batch, recogniser="a")
         for chosen, count in shared_out(asked.k, asked, "train"):

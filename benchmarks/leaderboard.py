@@ -27,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.better import cells as trained
-from benchmarks.better import read
+from benchmarks.better import drawn_with
 from multilora.lab.evaluate.quality import kernel_distance
 from multilora.lab.evaluate.statistics import wilson
 from multilora.lab.journal import Journal
@@ -45,15 +45,21 @@ BESIDE = ("mole.jsonl", "weigh_pictures.jsonl")
 
 
 def settings(journal: Journal) -> dict[int, dict[str, str]]:
-    """k -> method -> the arm that showed most of the elements on the train split, the first of equals."""
-    found: dict[int, dict[str, str]] = {}
-    for k, arms in trained(journal).items():
-        best: dict[str, tuple[float, str]] = {}
-        for arm, counts in arms.items():
-            name, seen = arm.partition("@")[0], counts["found"] / counts["asked"]
-            if name not in best or seen > best[name][0]:
-                best[name] = seen, arm
-        found[k] = {name: arm for name, (_, arm) in best.items()}
+    """k -> method -> the arm that showed most of the elements on the train split, of equals over all k; where a method
+    was not tried at a k, the arm of the largest k at which it was."""
+    shown = {k: {arm: c["found"] / c["asked"] for arm, c in arms.items()} for k, arms in trained(journal).items()}
+
+    def score(k: int, arm: str) -> tuple[float, float]:
+        return shown[k][arm], sum(by.get(arm, 0.0) for by in shown.values())
+
+    found = {
+        k: {name: max((a for a in arms if a.startswith(f"{name}@")), key=lambda a, k=k: score(k, a))
+            for name in dict.fromkeys(arm.partition("@")[0] for arm in arms)}
+        for k, arms in shown.items()
+    }  # fmt: skip
+    for k in found:
+        for other in sorted(found, reverse=True):
+            found[k] = {**found[other], **found[k]}
     return found
 
 
@@ -95,8 +101,9 @@ class Board(Bench):
 def measure(board: Board, chosen: Sequence[str], count: int, arms: Iterable[str]) -> None:
     loras = [board.lora(name) for name in chosen]
     for arm in arms:
-        name, weight, options = read(arm)
-        board.cell(arm, chosen, count, loras, [weight] * len(chosen), resolve("route", name, **options))
+        if board.left(arm, chosen, count):
+            name, weight, options = drawn_with(board, arm, chosen)
+            board.cell(arm, chosen, count, loras, [weight] * len(chosen), resolve("route", name, **options))
     print(f"{'+'.join(chosen)}: done", flush=True)
 
 

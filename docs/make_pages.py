@@ -30,6 +30,8 @@ KS = (2, 3, 4, 5)
 # method -> when to use it; a method that is not here is found by `multilora methods`
 WHEN = {
     "merge": "always first; also the fastest",
+    "guided_merge": "two LoRAs and more with guidance: more of each, at Merge's price",
+    "auto": "you would rather not choose",
     "sum_of_differences": "the LoRAs spoil each other in a Merge and the time is there",
     "stale_sum": "as the sum of differences, where k + 1 runs a step are too many",
     "switch": "Merge smears two subjects into one, and the LoRAs are strong: raise their weights",
@@ -178,6 +180,22 @@ def weights_of_pictures() -> str:
     return f"On pictures: {whole.partition('weigh_pictures.py`.')[2].strip()}".replace("\n## ", "\n### ")
 
 
+MOST = 6  # rows of each leaderboard that a page shows
+
+
+def guided() -> str:
+    """The first rows of benchmarks/leaderboard.md for each k, with its heading's words."""
+    whole = (ROOT / "benchmarks" / "leaderboard.md").read_text(encoding="utf-8")
+    head, *parts = re.split(r"^## ", whole, flags=re.M)
+    told = [head.partition("leaderboard.py`.")[2].strip()]
+    for part in parts:
+        lines = part.splitlines()
+        rows = [i for i, line in enumerate(lines) if line.startswith("|")]
+        told.append("### " + "\n".join(lines[: rows[0] + 2 + MOST]))
+    told.append("All of them: [benchmarks/leaderboard.md](../../benchmarks/leaderboard.md).")
+    return "\n\n".join(told)
+
+
 Cell = tuple[float, float, float, float, int]  # share seen, its interval, share of complete pictures, pictures
 
 
@@ -227,6 +245,7 @@ BLOCKS = {
     "few_shot": partial(verdicts, "few_shot"),
     "lorahub": partial(verdicts, "lorahub_text"),
     "lorahub_pictures": weights_of_pictures,
+    "guided": guided,
     "mole": partial(verdict_on_pictures, "mole", "7-mole"),
     "loramoe": partial(verdicts, "loramoe"),
     "lora_switch": partial(verdicts, "token_switch"),

@@ -1,7 +1,7 @@
 """What a route method sees and what it answers: `plan(moment) -> list[Pass]`.
 
 A plan may also carry `plan.combine(outputs, moment) -> prediction`, which replaces the weighted mean of the passes;
-`outputs` is the list of the passes' predictions in order.
+`outputs` is the list of the passes' predictions in order; and `plan.explains() -> str`, a line on what it has chosen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Moment:
     weights   [loras] the users' weights at this step, schedules applied
     cards     [loras] the LoRAs' cards (name, category, triggers)
     text      the prompt encodings by row, for methods that look at words; None where there is no prompt
-    guidance  scale of the guidance between the negative and the positive half; None without it or where nobody says
+    guidance  scale of the guidance between the halves, 1 and below without a negative half; None where nobody says
     """
 
     step: int
@@ -55,6 +55,14 @@ class Pass:
 def one_hot(weights: Sequence[float], index: int) -> tuple[float, ...]:
     """[loras] the user's weight at `index`, zero elsewhere."""
     return tuple(w if i == index else 0.0 for i, w in enumerate(weights))
+
+
+def instead(plan: Any, watched: Any) -> Any:
+    """`watched` with what `plan` carries, to stand in its place."""
+    for name in ("combine", "explains"):
+        if getattr(plan, name, None) is not None:
+            setattr(watched, name, getattr(plan, name))
+    return watched
 
 
 def shares(passes: Sequence[Pass]) -> list[float]:

@@ -82,13 +82,17 @@ class PictureUse(_Model):
 
 
 class Resolved(_Model):
-    """What decides the bits of a picture beside the request. Equal recipes with equal `resolved` are bit-equal."""
+    """What decides the bits of a picture beside the request. Equal recipes with equal `resolved` are bit-equal.
+
+    choice  what a method that chooses (auto) has chosen, in a line
+    """
 
     device: str
     dtype: str
     threads: int = Field(ge=1)
     form: str
     passes_per_call: int = Field(ge=1)
+    choice: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 
 

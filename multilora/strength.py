@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from multilora.compare import inner
 from multilora.lora import Lora, LowRank
 from multilora.method import Bound
-from multilora.plan import Moment
+from multilora.plan import Moment, instead
 from multilora.schedule import SIGMA, Schedule
 from multilora.sites import Site, quantised, sites_of
 
@@ -182,9 +182,7 @@ def guarded(
                     warn(TooStrong(text), stacklevel=2)
             return plan(moment)
 
-        if getattr(plan, "combine", None) is not None:
-            watched.combine = plan.combine
-        return watched
+        return instead(plan, watched)
 
     return Bound(dataclasses.replace(record, fn=plan_of), bound.options)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from multilora.lora import Lora
 from multilora.method import Bound
-from multilora.plan import Moment, Pass, shares
+from multilora.plan import Moment, Pass, instead, shares
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ def traced(bound: Bound) -> tuple[Bound, list[list[Seen]]]:
             seen.append(Seen(moment.step, moment.steps, moment.weights, tuple(passes)))
             return passes
 
-        if getattr(plan, "combine", None) is not None:
-            watched.combine = plan.combine
-        return watched
+        return instead(plan, watched)
 
     return Bound(dataclasses.replace(record, fn=plan_of), bound.options), runs
 

@@ -139,6 +139,12 @@ class Conductor:
                         f"{what} is unknown; known are {', '.join(sorted(TABLE))}"
                     )
 
+    @property
+    def explains(self) -> str:
+        """What the method has chosen in the picture drawn last, in a line; "" for methods that choose nothing."""
+        says = getattr(self._plan, "explains", None)
+        return says() if says is not None else ""
+
     def __call__(self, model: Callable, args: tuple, kwargs: dict) -> Any:
         arguments = inputs.bound_arguments(self.forward, args, kwargs)
         self._check_cancel()

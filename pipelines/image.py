@@ -315,6 +315,7 @@ class Composer:
                     threads=torch.get_num_threads(),
                     form=conductor.bank.form if conductor else form,
                     passes_per_call=passes_per_call or (max(conductor.passes) if conductor else 1),
+                    choice=conductor.explains if conductor else "",
                     versions=_versions(),
                 ),
             )

@@ -54,7 +54,7 @@ class Requests:
         for plan, live, request in zip(plans, self.live, self.rows, strict=True):
             weights = tuple(request[i].at(step, steps) for i in live)
             cards = tuple(self.members[i].lora.card for i in live)
-            moments.append(Moment(step, steps, float(step), None, weights, cards))
+            moments.append(Moment(step, steps, float(step), None, weights, cards, guidance=1.0))
             planned.append([Pass(())] if plan is None else list(plan(moments[-1])))
         count = max(len(passes) for passes in planned)
         rows: list[list[Any]] = [[] for _ in range(count)]

@@ -105,7 +105,9 @@ def test_who_adds_up_is_warned_of_and_who_does_not_is_not():
     assert len(messages(pipe, loras, "merge", [proposed + 0.04] * 4)) == 2
     assert messages(pipe, loras, "merge", [1.0] * 4) == []
     for name in sorted(set(methods("route")) - {"merge"}):
-        if "mean_of_equals" in methods("route")[name].laws or name in ("boosted_merge", "composite_then_merge"):
+        if "mean_of_equals" in methods("route")[name].laws or name in (
+            "auto", "boosted_merge", "composite_then_merge", "guided_merge"
+        ):
             continue  # has passes with all at once
         assert messages(pipe, loras, name, weights, steps=4) == [], name
     assert messages(pipe, loras[:1], "merge", [2.4]) == []

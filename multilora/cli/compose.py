@@ -19,7 +19,7 @@ def compose(
     lora: Annotated[
         Many | None, typer.Option(help="[NAME=]FILE_OR_LIBRARY_NAME[:WEIGHT], weight a number or 0@0,1@0.5; repeat")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="how LoRAs are combined, default merge; see: methods")] = None,
+    method: Annotated[str | None, typer.Option(help="how LoRAs are combined, default auto; see: methods")] = None,
     option: Annotated[Many | None, typer.Option(help="KEY=VALUE of the method (METHOD.KEY with --compare)")] = None,
     gate: Annotated[
         str | None, typer.Option(help="of a method with one: its file, or an embedded gate's name")

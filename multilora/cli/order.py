@@ -71,7 +71,7 @@ def filled(order: Order, request: dict[str, Any]) -> Order:
                 own["blocks"] = {**own["blocks"], "lbw": lbw.checked(own["blocks"]["lbw"], presets)}
             except ValueError as error:
                 raise ValueError(f"--block {name}:lbw={own['blocks']['lbw']}: {error}") from None
-    methods = order.methods or ["merge"]
+    methods = order.methods or ["auto"]
     return replace(order, prompt=text, loras=[*order.loras, *tagged], lora_options=options, methods=methods)
 
 

@@ -58,7 +58,15 @@ def take(composer: Any, shots: Sequence[Shot], request: dict[str, Any]) -> list[
             asked = request if shot.prompt is None else {**request, "prompt": shot.prompt}
             out = composer(**asked, method=shot.method, progress=_progress(bar))
             taken.append(_taken(shot.title, shot.note, out, time.perf_counter() - began))
+    for shot in taken:
+        if choice := _choice(shot):
+            note(f"{shot.title} chose {choice}")
     return taken
+
+
+def _choice(shot: Taken) -> str:
+    made = shot.recipes[0].resolved
+    return made.choice if made is not None else ""
 
 
 def draw_again(composer: Any, recipe: Recipe, index: int | None) -> Taken:

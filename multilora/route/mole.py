@@ -5,6 +5,7 @@ multilora.gate_mole has the gate and what differs from the paper; multilora.lab.
 
 from typing import Annotated
 
+from multilora.guided import share
 from multilora.method import Opt, method
 from multilora.plan import Moment, Pass
 
@@ -20,6 +21,7 @@ def mole(
     *,
     gate: Annotated[str, Opt("file of a gate for these LoRAs, or the name of an embedded one; none: the mean")] = "",
     mask: Annotated[str, Opt("names of LoRAs that the gate sees and leaves out, comma-separated")] = "",
+    boost: Annotated[float, Opt("as of guided_merge; 0: the LoRAs are the same in both halves", 0.0, 3.0)] = 0.0,
 ):
     """One pass whose row every layer asks the gate for; the users' weights multiply it.
 
@@ -35,6 +37,6 @@ def mole(
     live = masked([lora.card.name for lora in loras], mask) if mask else None
 
     def plan(moment: Moment) -> list[Pass]:
-        return [Pass(router.asked(moment.weights, moment.t, live))]
+        return [Pass(router.asked(moment.weights, moment.t, live), negative=share(moment, boost))]
 
     return plan

@@ -27,7 +27,7 @@ def endpoints(shell: Shell) -> None:
 
     @draws
     def compose(
-        request: gr.Request, prompt: str, loras: list[Any] | None = None, method: str = "merge",
+        request: gr.Request, prompt: str, loras: list[Any] | None = None, method: str = "auto",
         options: dict[str, Any] | None = None, negative_prompt: str = "", seed: int = 7, steps: int | None = None,
         guidance_scale: float | None = None, width: int | None = None, height: int | None = None,
         scheduler: str | None = None, score: bool = False, base: str | None = None,

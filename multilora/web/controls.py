@@ -30,7 +30,7 @@ class Controls:
         )  # fmt: skip
         self.loras = picker(entries, elem_id="ml-loras")
         self.method = MethodBlocks(
-            "route", "merge", label="Method", elem_id="ml-method", info="How several LoRAs share one picture."
+            "route", "auto", label="Method", elem_id="ml-method", info="How several LoRAs share one picture."
         )
         self.compared = gr.CheckboxGroup(
             titled(self.method.records), value=list(METHODS), label="Compare methods draws each of these",

@@ -99,6 +99,7 @@ def _table(recipe: Recipe) -> str:
     }  # fmt: skip
     if recipe.resolved:
         made = recipe.resolved
+        rows["chosen"] = made.choice
         rows["made on"] = (
             f"{made.device}, {made.dtype}, {made.threads} thread{'s' if made.threads > 1 else ''}, {made.form}"
         )

@@ -1,0 +1,91 @@
+"""Auto: what it chooses for a number of LoRAs and a budget, that it draws just that, and that it says so."""
+
+import itertools
+
+import pytest
+import torch
+
+from multilora.method import resolve
+from multilora.pipelines.composing import composing
+from multilora.plan import Moment
+from multilora.route import auto as home
+from tests import families, scene, tiny
+
+
+def rows(*settings):
+    return [{"method": m, "weight": w, "options": o, "rows": r, "shown": s, "merge": 0.5, "pictures": 12}
+            for m, w, o, r, s in settings]  # fmt: skip
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """A table in which a budget matters."""
+    found = {
+        2: rows(("guided_merge", 0.8, {"boost": 3.0}, 1.0, 0.8), ("composite", 1.0, {}, 2.0, 0.9)),
+        3: rows(("guided_merge", 1.0, {"boost": 2.0}, 1.0, 0.7)),
+    }
+    monkeypatch.setattr(home, "table", lambda: found)
+    return found
+
+
+def test_the_shipped_table_has_settings_that_earn_their_price():
+    home.table.cache_clear()
+    assert set(home.table()) == {2, 3, 4, 5}
+    for found in home.table().values():
+        assert found[0]["rows"] == 1.0
+        for one in found:
+            assert resolve("route", one["method"], **one["options"])
+            assert one["shown"] >= one["merge"], "a setting that shows less than Merge is no choice"
+        for cheap, dear in itertools.pairwise(found):
+            assert cheap["rows"] < dear["rows"]
+            assert cheap["shown"] < dear["shown"]
+
+
+def test_the_budget_buys_what_showed_most(known):
+    assert home.choice(2, 1.0)["method"] == "guided_merge"
+    assert home.choice(2, 1.9)["method"] == "guided_merge"
+    assert home.choice(2, 2.0)["method"] == "composite"
+    assert home.choice(1, 9.0) is None
+    assert home.choice(7, 1.0)["k"] == 3
+    with pytest.raises(ValueError, match="budget"):
+        resolve("route", "auto", budget=0.5)
+
+
+@pytest.mark.parametrize(("budget", "method", "factor", "options"), [(1.0, "guided_merge", 0.8, {"boost": 3.0}),
+                                                                     (2.0, "composite", 1.0, {})])  # fmt: skip
+def test_it_draws_what_it_has_chosen_and_says_so(known, budget, method, factor, options):
+    pipe, loras = families.pipe("sd15"), families.loras("sd15")
+    make = families.call("sd15", steps=3)
+    with composing(pipe, loras, "auto", weights=families.WEIGHTS, budget=budget) as conductor:
+        ours = make(pipe)
+    with composing(pipe, loras, method, weights=[w * factor for w in families.WEIGHTS], **options):
+        assert torch.equal(make(pipe), ours)
+    with composing(pipe, loras, "merge", weights=families.WEIGHTS):
+        assert scene.apart(make(pipe), ours) > 0.01
+    assert conductor.explains.startswith(method)
+    assert "of 2 LoRAs" in conductor.explains
+    assert "merge 50%" in conductor.explains
+
+
+def test_without_guidance_it_is_merge(known):
+    pipe, loras = families.pipe("sd15"), families.loras("sd15")
+    make = families.call("sd15", guided=False)
+    with composing(pipe, loras, "auto", weights=families.WEIGHTS) as conductor:
+        ours = make(pipe)
+    assert conductor.explains.startswith("merge: without guidance")
+    with composing(pipe, loras, "merge", weights=families.WEIGHTS):
+        assert torch.equal(make(pipe), ours)
+    (one,) = resolve("route", "auto")([object()])(Moment(0, 4, 9.0, None, (0.7,), guidance=5.0))
+    assert (one.row, one.negative) == ((0.7,), 1.0)
+
+
+def test_the_recipe_tells_the_choice():
+    from multilora.pipelines.image import Composer
+
+    composer = Composer(tiny.sd15())
+    for i, lora in enumerate(scene.loras(composer.pipe)):
+        composer.add(lora, name=f"lora{i}")
+    recipe = composer("a fox", method="auto", num_inference_steps=2, guidance_scale=4.0, height=32, width=32).recipe
+    assert recipe.method == "auto"
+    assert recipe.resolved.choice.startswith("guided_merge")
+    assert type(recipe).model_validate_json(recipe.json).resolved.choice == recipe.resolved.choice
