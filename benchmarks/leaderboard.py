@@ -41,6 +41,10 @@ from multilora.method import resolve
 WORLD = Path(__file__).resolve().parents[1] / "docs" / "world"
 OTHER = 500  # numbers of the scenes of the floor
 RENDERS = "real renders of other scenes"
+GRID_BEST = "merge, best weight of six by B"
+# cell of another benchmark -> what a small table calls it
+TOLD = {"lorahub": "weights by LoRAHub", "mole, paper: row sums to 1": "mole, the paper's gate",
+        "mole, row sums to k": "mole, rows sum to k", "ziplora": "ziplora, trained columns"}  # fmt: skip
 BESIDE = ("mole.jsonl", "weigh_pictures.jsonl")
 
 
@@ -180,6 +184,31 @@ def page(journal: Journal) -> str:
         if floor:
             parts.append(f"Quality of {RENDERS}: {floor['value']:.0f} ({floor['low']:.0f} to {floor['high']:.0f}).")
     return "\n\n".join(parts)
+
+
+def compact(journal: Journal) -> str:
+    """One row a method: elements with their interval, share of complete pictures, pictures, for each k."""
+    found, ks = gathered(journal), sorted(gathered(journal))
+    shown: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for k, cells in found.items():
+        best = best_of_grid({n: list(c.values()) for n, c in cells.items()})
+        tuned = settings(Journal(journal.path.with_name("better.jsonl")))[k]
+        for cell, own in cells.items():
+            name = next((n for n, arm in tuned.items() if arm == cell and n != "merge"), "")
+            name = GRID_BEST if cell == best else name or TOLD.get(cell, "")
+            if name:
+                shown.setdefault(name, {})[k] = list(own.values())
+    rows = []
+    for name, by in sorted(shown.items(), key=lambda item: -sum(map(rate, map(seen, item[1].values()))) / len(item[1])):
+        entries = [e for own in by.values() for e in own]
+        cost = sum(e["rows"] * e["pictures"] for e in entries) / sum(e["pictures"] for e in entries)
+        rows.append([name, f"{cost:.1f}", *(_told(by[k]) if k in by else "" for k in ks)])
+    return table(["way", "runs a step", *(f"k = {k}" for k in ks)], rows)
+
+
+def _told(entries: Sequence[Mapping[str, Any]]) -> str:
+    count = sum(e["pictures"] for e in entries)
+    return f"{spread(*seen(entries))}, {sum(e['complete'] for e in entries) / count:.2f}, n {count}"
 
 
 def main() -> None:

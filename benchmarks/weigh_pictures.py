@@ -130,7 +130,7 @@ def interval(found, asked):
 
 
 def table(journal):
-    print("# Weights for pictures: a grid, LoRAHub, learning, RegMean\n\n"
+    print("# Weights for pictures: a grid, LoRAHub, learning, ZipLoRA, RegMean\n\n"
           "Made by `python benchmarks/weigh_pictures.py`.\n\n"
           "Merge of k test-split LoRAs of the embedded world, held-out prompts and seeds, recogniser B. `merge, "
           "grid`, LoRAHub and whatever is learned saw other prompts and seeds, CLIP and recogniser A only, ZipLoRA "

@@ -196,6 +196,19 @@ def guided() -> str:
     return "\n\n".join(told)
 
 
+def board() -> str:
+    """The leaderboard with a row a method, and what its reader must know."""
+    from benchmarks import leaderboard
+    from multilora.lab.journal import Journal
+
+    told = (
+        "25 steps, guidance 3, the same noise for all; each method's weight and options for each k are those that "
+        "showed most on the train split; with CLIP score, quality, seconds and paired intervals: "
+        "[benchmarks/leaderboard.md](benchmarks/leaderboard.md)."
+    )
+    return f"{leaderboard.compact(Journal(ROOT / 'docs' / 'world' / 'leaderboard.jsonl'))}\n\n{told}"
+
+
 Cell = tuple[float, float, float, float, int]  # share seen, its interval, share of complete pictures, pictures
 
 
@@ -246,6 +259,7 @@ BLOCKS = {
     "lorahub": partial(verdicts, "lorahub_text"),
     "lorahub_pictures": weights_of_pictures,
     "guided": guided,
+    "board": board,
     "mole": partial(verdict_on_pictures, "mole", "7-mole"),
     "loramoe": partial(verdicts, "loramoe"),
     "lora_switch": partial(verdicts, "token_switch"),

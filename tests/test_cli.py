@@ -125,7 +125,7 @@ def test_the_demonstration(capsys, world, monkeypatch):
     status, out, err = call(capsys, "compose", "--steps", "4", "--out", "demo")
     assert status == 0, err
     paths = out.splitlines()
-    titles = ["base", "fox", "robe", "hat", "moon", "merge", "switch", "composite", "sum-of-differences"]
+    titles = ["base", "fox", "robe", "hat", "moon", "merge", "guided-merge", "switch", "composite"]
     assert len(paths) == len(titles) + 1
     for path, title in zip(paths, titles, strict=False):
         assert f"_{title}_" in path
@@ -162,7 +162,7 @@ BAD = {
     "method twice": (["x", *LORA, "--compare", "merge,merge"], "named twice"),
     "both": (["x", *LORA, "--compare", "merge", "--method", "merge"], "--method and --compare"),
     "option": (["x", *LORA, "--method", "switch", "--option", "evry=2"], "unknown option of switch. Nearest: every."),
-    "option of another": (["x", *LORA, "--option", "every=2"], "unknown option of merge."),
+    "option of another": (["x", *LORA, "--option", "every=2"], "unknown option of auto."),
     "option without value": (["x", *LORA, "--option", "every"], "--option 'every': wanted KEY=VALUE"),
     "every": (["x", *LORA, "--method", "switch", "--option", "every=0"], "every='0' of switch: allowed is at least 1"),
     "every text": (

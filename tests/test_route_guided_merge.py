@@ -116,3 +116,21 @@ def test_the_scale_of_a_running_pipeline_and_of_a_guider():
     original = ClassifierFreeGuidance(guidance_scale=6.0, use_original_formulation=True)
     assert guidance_of(SimpleNamespace(guider=original)) == 7.0
     assert guidance_of(SimpleNamespace()) is None
+
+
+def test_gates_are_held_back_as_weights_are():
+    """MoLE without a gate is the mean of its LoRAs; Arrow with nothing left in the negative half, positive_only."""
+    pipe, loras = families.pipe("sd15"), families.loras("sd15", False)
+
+    def drawn(used, method, guidance, weights=families.WEIGHTS, **options):
+        with composing(pipe, used, method, weights=weights, **options):
+            return families.call("sd15", steps=3, guidance_scale=guidance)(pipe)
+
+    ours = drawn(loras, "mole", 4.0, boost=3.0)
+    wanted = drawn(loras, "guided_merge", 4.0, [w / 2 for w in families.WEIGHTS], boost=3.0)
+    assert scene.apart(ours, wanted) < ONE
+    assert scene.apart(ours, drawn(loras, "mole", 4.0)) > 0.005
+    only = [member(pipe, x, weight=w, positive_only=True) for x, w in zip(loras, families.WEIGHTS, strict=True)]
+    ours = drawn(loras, "arrow", 2.0, boost=3.0)
+    assert scene.apart(ours, drawn(only, "arrow", 2.0, None)) < ONE
+    assert scene.apart(ours, drawn(loras, "arrow", 2.0)) > 0.005

@@ -161,7 +161,7 @@ def test_five_clicks_from_the_start_page_to_a_comparison_of_four_loras(visit):
     assert prompt(page) == "a korv fox in a dotta poncho holding a burgo sandwich, on a palma beach"
     page.wait_for_function("document.querySelectorAll('#ml-sheet img').length === 4")
     captions = page.inner_text("#ml-sheet")
-    for name in ("merge", "switch", "composite", "sum of differences"):
+    for name in ("merge", "guided merge", "switch", "composite"):
         assert f"{name}: CLIP" in captions
     page.wait_for_function("document.querySelectorAll('#ml-slider img').length === 2")
     assert page.evaluate("new Set([...document.querySelectorAll('#ml-slider img')].map((i) => i.src)).size") == 2

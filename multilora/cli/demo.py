@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-METHODS = ("merge", "switch", "composite", "sum_of_differences")
+METHODS = ("merge", "guided_merge", "switch", "composite")
 # One of each; a library that lacks a name gives its first one of that category.
 CHOICE = {"character": "korv", "garment": "dotta", "object": "burgo", "background": "palma"}
 SEED = 3
