@@ -3,12 +3,16 @@
     python benchmarks/better.py [--k 2 3 4 5] [--sets 12] [--pictures 12] [ARM ...]
     python benchmarks/better.py --part 1 --parts 2 [--device cuda --batch 20] --journal FILE      # one of two jobs
     python benchmarks/better.py --table                                 # of what the journal holds
-    python benchmarks/better.py --auto                                  # likewise assets/auto.json, which Auto reads
+    python benchmarks/better.py --auto                                  # assets/auto.json, which Auto reads
+
+Auto's choices are by the eyes of blind reviewers (docs/world/review_train.json: pictures of the train split that
+`multilora eval` drew, labelled as multilora.lab.evaluate.blind has it): recognisers forgive guided_merge and others
+overdone colours that reviewers do not.
 
 An arm is METHOD@WEIGHT or METHOD@WEIGHT:option=value,option=value; without arms, those of ARMS. All arms have the same
-sets, prompts and noise. `mole` has a gate for each set, whose training takes a minute: only where
-it is asked for. What is in the journal is not drawn again; the table of all that is there is written to
-benchmarks/better.md. Nothing here may choose by the test split or by recogniser B.
+sets, prompts and noise. `mole` has a gate for each set (gate=sample or gate=token, rows that sum to k), whose training
+takes a minute: only where it is asked for. What is in the journal is not drawn again; the table of all that is there
+is written to benchmarks/better.md. Nothing here may choose by the test split or by recogniser B.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ from multilora.method import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "better.md"
+REVIEW = ROOT / "docs" / "world" / "review_train.json"
 AUTO = ROOT / "assets" / "auto.json"
+GATED = {"sample": "row sums to k", "token": "row sums to k per token"}
 ARMS = (
     *(f"merge@{w}" for w in (0.6, 0.8, 1, 1.2)),
     *(f"guided_merge@{w}:boost={b}" for b in (0.6, 1.25, 2, 3) for w in (0.8, 1, 1.2)),
@@ -51,9 +57,11 @@ def read(arm: str) -> tuple[str, float, dict[str, str]]:
 
 
 def drawn_with(bench: Bench, arm: str, chosen: tuple[str, ...]) -> tuple[str, float, dict[str, str]]:
-    """`read`, with the set's gate for mole: rows that sum to k, trained now where the work folder has none."""
+    """`read`, with the set's gate for mole in a way of GATED, trained now where the work folder has none."""
     name, weight, options = read(arm)
-    return name, weight, {**options, "gate": str(bench.gate(chosen, "row sums to k"))} if name == "mole" else options
+    if "gate" in options:
+        options["gate"] = str(bench.gate(chosen, GATED[options["gate"]]))
+    return name, weight, options
 
 
 def measure(bench: Bench, chosen: tuple[str, ...], count: int, arms: list[str]) -> None:
@@ -95,25 +103,52 @@ def write(journal: Journal) -> None:
     TABLE.write_text("\n".join([*lines, ""]))
 
 
-def choices(journal: Journal) -> dict[int, list[dict[str, Any]]]:
-    """k -> the arms of which each shows more than every one that costs no more, from cheap to dear; of equals the one
-    that shows most over all k."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    everywhere = cells(journal)
-    pooled = {arm: sum(by[arm]["found"] / by[arm]["asked"] for by in everywhere.values() if arm in by)
-              for by in everywhere.values() for arm in by}  # fmt: skip
-    for k, arms in everywhere.items():
-        shown = {arm: c["found"] / c["asked"] for arm, c in arms.items()}
-        best = max(v for arm, v in shown.items() if arm.startswith("merge@"))
+def plain(name: str, weight: float, options: dict[str, Any]) -> str:
+    """An arm without the options that are the method's defaults."""
+    bound, usual = resolve("route", name, **options).options, resolve("route", name).options
+    told = ",".join(f"{n}={v}" for n, v in bound.items() if v != usual[n])
+    return f"{name}@{weight:g}" + (f":{told}" if told else "")
+
+
+def reviewed(sealed: Path, answers: Path) -> dict[str, dict[str, list[int]]]:
+    """k -> arm -> [elements asked for, seen by the reviewers, seen by recogniser B, pictures] of a blind review.
+
+    sealed, answers  as multilora.lab.evaluate.blind has them; an arm that it tells by its method alone has weight 1
+    """
+    asked, told = (json.loads(path.read_text(encoding="utf-8")) for path in (sealed, answers))
+    found: dict[str, dict[str, list[int]]] = {}
+    for number, one in asked.items():
+        name, _, rest = one["method"].partition(" ")
+        options, _, weight = rest.rpartition(" ")
+        arm = plain(name, float(weight or 1), json.loads(options or "{}"))
+        counts = found.setdefault(str(len(one["asked"])), {}).setdefault(arm, [0, 0, 0, 0])
+        for category, wanted in one["asked"].items():
+            for i, plus in enumerate((1, told[number][category] == wanted, one["b"][category])):
+                counts[i] += plus
+        counts[3] += 1
+    return dict(sorted(found.items()))
+
+
+def choices(journal: Journal, review: dict[str, dict[str, list[int]]]) -> dict[str, list[dict[str, Any]]]:
+    """k -> the reviewed arms of which each showed more than every one that costs no more, from cheap to dear.
+
+    By the reviewers' eyes; of equals the one that showed most over all k.
+    """
+    rows = {}
+    for arms in cells(journal).values():
+        rows.update({plain(*read(arm)): c["rows"] / c["pictures"] for arm, c in arms.items() if "gate=" not in arm})
+    shown = {k: {arm: c[1] / c[0] for arm, c in arms.items()} for k, arms in review.items()}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for k, arms in shown.items():
+        best = max(v for arm, v in arms.items() if arm.startswith("merge@"))
         kept: list[dict[str, Any]] = []
-        for arm in sorted(arms, key=lambda a: (arms[a]["rows"] / arms[a]["pictures"], -shown[a], -pooled[a])):
-            c = arms[arm]
-            if not kept or shown[arm] > kept[-1]["shown"]:
+        for arm in sorted(arms, key=lambda a: (round(rows[a], 2), -arms[a], -sum(by[a] for by in shown.values()))):
+            if not kept or arms[arm] > kept[-1]["shown"]:
                 name, weight, options = read(arm)
                 bound = resolve("route", name, **options)
                 kept.append({"method": name, "weight": weight, "options": {n: bound.options[n] for n in options},
-                             "rows": round(c["rows"] / c["pictures"], 2), "shown": round(shown[arm], 3),
-                             "merge": round(best, 3), "pictures": c["pictures"]})  # fmt: skip
+                             "rows": round(rows[arm], 2), "shown": round(arms[arm], 3), "merge": round(best, 3),
+                             "pictures": review[k][arm][3]})  # fmt: skip
         found[k] = kept
     return found
 
@@ -123,6 +158,7 @@ def main() -> None:
     parser.add_argument("arms", nargs="*", default=list(ARMS))
     parser.add_argument("--k", type=int, nargs="+", default=[2, 3, 4, 5])
     parser.add_argument("--journal", type=Path, default=ROOT / "docs" / "world" / "better.jsonl")
+    parser.add_argument("--review", type=Path, nargs=2, metavar=("SEALED", "ANSWERS"), help="with --auto")
     parser.add_argument("--auto", action="store_true", help=f"write {AUTO.relative_to(ROOT)}, measure nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="write what the journal holds, measure nothing")
@@ -132,7 +168,10 @@ def main() -> None:
     for arm in asked.arms:
         read(arm)
     if asked.auto:
-        told = {"made by": "python benchmarks/better.py --auto", "choices": choices(Journal(asked.journal))}
+        if asked.review:
+            REVIEW.write_text(json.dumps(reviewed(*asked.review), indent=1) + "\n")
+        review = json.loads(REVIEW.read_text(encoding="utf-8"))
+        told = {"made by": "python benchmarks/better.py --auto", "choices": choices(Journal(asked.journal), review)}
         AUTO.write_text(json.dumps(told, indent=1) + "\n")
         return
     if not asked.table:

@@ -48,8 +48,14 @@ TOLD = {"lorahub": "weights by LoRAHub", "mole, paper: row sums to 1": "mole, th
 BESIDE = ("mole.jsonl", "weigh_pictures.jsonl")
 
 
+def way(arm: str) -> str:
+    """What a setting is one of: the method, and how it is gated."""
+    name, gate = arm.partition("@")[0], arm.partition("gate=")[2].partition(",")[0]
+    return f"{name}, gate per {gate}" if gate else name
+
+
 def settings(journal: Journal) -> dict[int, dict[str, str]]:
-    """k -> method -> the arm that showed most of the elements on the train split, of equals over all k; where a method
+    """k -> way -> the arm that showed most of the elements on the train split, of equals over all k; where a method
     was not tried at a k, the arm of the largest k at which it was."""
     shown = {k: {arm: c["found"] / c["asked"] for arm, c in arms.items()} for k, arms in trained(journal).items()}
 
@@ -57,8 +63,8 @@ def settings(journal: Journal) -> dict[int, dict[str, str]]:
         return shown[k][arm], sum(by.get(arm, 0.0) for by in shown.values())
 
     found = {
-        k: {name: max((a for a in arms if a.startswith(f"{name}@")), key=lambda a, k=k: score(k, a))
-            for name in dict.fromkeys(arm.partition("@")[0] for arm in arms)}
+        k: {name: max((a for a in arms if way(a) == name), key=lambda a, k=k: score(k, a))
+            for name in dict.fromkeys(map(way, arms))}
         for k, arms in shown.items()
     }  # fmt: skip
     for k in found:
@@ -199,7 +205,7 @@ def compact(journal: Journal) -> str:
             if name:
                 shown.setdefault(name, {})[k] = list(own.values())
     rows = []
-    for name, by in sorted(shown.items(), key=lambda item: -sum(map(rate, map(seen, item[1].values()))) / len(item[1])):
+    for name, by in sorted(shown.items(), key=lambda s: -sum(rate(seen(e)) for e in s[1].values()) / len(s[1])):
         entries = [e for own in by.values() for e in own]
         cost = sum(e["rows"] * e["pictures"] for e in entries) / sum(e["pictures"] for e in entries)
         rows.append([name, f"{cost:.1f}", *(_told(by[k]) if k in by else "" for k in ks)])
@@ -226,7 +232,7 @@ def main() -> None:
         chosen = settings(Journal(WORLD / "better.jsonl"))
         board = Board(args.journal, args.work, device=args.device, batch=args.batch)
         for k in map(int, args.k.split(",")):
-            arms = {n: arm for n, arm in chosen[k].items() if not args.methods or n in args.methods}
+            arms = {n: arm for n, arm in chosen[k].items() if not args.methods or n.partition(",")[0] in args.methods}
             for one, count in shared_out([k], args):
                 measure(board, one, count, arms.values())
             whole = argparse.Namespace(**{**vars(args), "part": 1, "parts": 1})

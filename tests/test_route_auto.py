@@ -7,9 +7,10 @@ import torch
 
 from multilora.method import resolve
 from multilora.pipelines.composing import composing
+from multilora.pipelines.text import composing_text
 from multilora.plan import Moment
 from multilora.route import auto as home
-from tests import families, scene, tiny
+from tests import families, scene, tiny, tiny_text
 
 
 def rows(*settings):
@@ -64,7 +65,7 @@ def test_it_draws_what_it_has_chosen_and_says_so(known, budget, method, factor, 
         assert scene.apart(make(pipe), ours) > 0.01
     assert conductor.explains.startswith(method)
     assert "of 2 LoRAs" in conductor.explains
-    assert "merge 50%" in conductor.explains
+    assert "with merge 50%" in conductor.explains
 
 
 def test_without_guidance_it_is_merge(known):
@@ -89,3 +90,20 @@ def test_the_recipe_tells_the_choice():
     assert recipe.method == "auto"
     assert recipe.resolved.choice.startswith("guided_merge")
     assert type(recipe).model_validate_json(recipe.json).resolved.choice == recipe.resolved.choice
+
+
+@pytest.mark.parametrize("method", ["auto", "guided_merge"])
+def test_on_a_language_model_it_is_merge(method):
+    model, loras = tiny_text.model("llama"), tiny_text.loras("llama", 3)
+    ids = tiny_text.tokenizer()("abc 12", return_tensors="pt")["input_ids"]
+
+    def logits(used):
+        with composing_text(model, loras, used, weights=[0.9, 0.6, 1.1]), torch.no_grad():
+            made = model.generate(
+                ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        return torch.stack(made.logits)
+
+    assert torch.equal(logits(method), logits("merge"))
+    assert scene.apart(logits(method), logits("composite")) > 0.01
