@@ -84,7 +84,7 @@ def cells(journal: Journal) -> dict[int, dict[str, dict[str, float]]]:
     return dict(sorted(found.items()))
 
 
-def write(journal: Journal) -> None:
+def page(journal: Journal) -> str:
     lines = [
         "# Looking for better settings: train split, recogniser A\n",
         f"Written by `python benchmarks/better.py`. {STEPS} steps, guidance {GUIDANCE:g}; presence of the "
@@ -100,7 +100,7 @@ def write(journal: Journal) -> None:
                 f"| {k} | {arm} | {c['found'] / c['asked']:.2f} ({low:.2f} to {high:.2f}) | "
                 f"{c['complete'] / c['pictures']:.2f} | {c['rows'] / c['pictures']:.2f} | {c['pictures']:.0f} |"
             )
-    TABLE.write_text("\n".join([*lines, ""]))
+    return "\n".join([*lines, ""])
 
 
 def plain(name: str, weight: float, options: dict[str, Any]) -> str:
@@ -110,17 +110,20 @@ def plain(name: str, weight: float, options: dict[str, Any]) -> str:
     return f"{name}@{weight:g}" + (f":{told}" if told else "")
 
 
-def reviewed(sealed: Path, answers: Path) -> dict[str, dict[str, list[int]]]:
+def reviewed(evaluation: Path, sealed: Path, answers: Path) -> dict[str, dict[str, list[int]]]:
     """k -> arm -> [elements asked for, seen by the reviewers, seen by recogniser B, pictures] of a blind review.
 
-    sealed, answers  as multilora.lab.evaluate.blind has them; an arm that it tells by its method alone has weight 1
+    evaluation       the folder of `multilora eval`, for the weights of arms that are told by their method alone
+    sealed, answers  as multilora.lab.evaluate.blind has them
     """
-    asked, told = (json.loads(path.read_text(encoding="utf-8")) for path in (sealed, answers))
+    paths = (evaluation / "evaluation.json", sealed, answers)
+    plan, asked, told = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    usual = {arm["method"]: arm["weight"] for arm in plan["methods"].values()}
     found: dict[str, dict[str, list[int]]] = {}
     for number, one in asked.items():
         name, _, rest = one["method"].partition(" ")
         options, _, weight = rest.rpartition(" ")
-        arm = plain(name, float(weight or 1), json.loads(options or "{}"))
+        arm = plain(name, float(weight or usual[name]), json.loads(options or "{}"))
         counts = found.setdefault(str(len(one["asked"])), {}).setdefault(arm, [0, 0, 0, 0])
         for category, wanted in one["asked"].items():
             for i, plus in enumerate((1, told[number][category] == wanted, one["b"][category])):
@@ -158,7 +161,7 @@ def main() -> None:
     parser.add_argument("arms", nargs="*", default=list(ARMS))
     parser.add_argument("--k", type=int, nargs="+", default=[2, 3, 4, 5])
     parser.add_argument("--journal", type=Path, default=ROOT / "docs" / "world" / "better.jsonl")
-    parser.add_argument("--review", type=Path, nargs=2, metavar=("SEALED", "ANSWERS"), help="with --auto")
+    parser.add_argument("--review", type=Path, nargs=3, help="with --auto: EVALUATION SEALED ANSWERS")
     parser.add_argument("--auto", action="store_true", help=f"write {AUTO.relative_to(ROOT)}, measure nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="write what the journal holds, measure nothing")
@@ -178,7 +181,7 @@ def main() -> None:
         bench = Bench(asked.journal, asked.journal.parent, device=asked.device, batch=asked.batch, recogniser="a")
         for chosen, count in shared_out(asked.k, asked, "train"):
             measure(bench, chosen, count, asked.arms)
-    write(Journal(asked.journal))
+    TABLE.write_text(page(Journal(asked.journal)))
 
 
 if __name__ == "__main__":

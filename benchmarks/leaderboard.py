@@ -17,6 +17,7 @@ scenes asked for; a cell's features lie in the work folder until all of them are
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.better import cells as trained
-from benchmarks.better import drawn_with
+from benchmarks.better import drawn_with, reviewed
 from multilora.lab.evaluate.quality import kernel_distance
 from multilora.lab.evaluate.statistics import wilson
 from multilora.lab.journal import Journal
@@ -45,6 +46,7 @@ GRID_BEST = "merge, best weight of six by B"
 # cell of another benchmark -> what a small table calls it
 TOLD = {"lorahub": "weights by LoRAHub", "mole, paper: row sums to 1": "mole, the paper's gate",
         "mole, row sums to k": "mole, rows sum to k", "ziplora": "ziplora, trained columns"}  # fmt: skip
+REVIEWS = WORLD / "review_test.json"
 BESIDE = ("mole.jsonl", "weigh_pictures.jsonl")
 
 
@@ -56,7 +58,7 @@ def way(arm: str) -> str:
 
 def settings(journal: Journal) -> dict[int, dict[str, str]]:
     """k -> way -> the arm that showed most of the elements on the train split, of equals over all k; where a method
-    was not tried at a k, the arm of the largest k at which it was."""
+    was not tried at a k, the arm of the largest k at which it was; and auto."""
     shown = {k: {arm: c["found"] / c["asked"] for arm, c in arms.items()} for k, arms in trained(journal).items()}
 
     def score(k: int, arm: str) -> tuple[float, float]:
@@ -68,6 +70,7 @@ def settings(journal: Journal) -> dict[int, dict[str, str]]:
         for k, arms in shown.items()
     }  # fmt: skip
     for k in found:
+        found[k] |= {"auto": "auto@1"}  # chooses for itself
         for other in sorted(found, reverse=True):
             found[k] = {**found[other], **found[k]}
     return found
@@ -189,6 +192,12 @@ def page(journal: Journal) -> str:
         parts.append(f"## k = {k}\n\n{table(head, rows)}")
         if floor:
             parts.append(f"Quality of {RENDERS}: {floor['value']:.0f} ({floor['low']:.0f} to {floor['high']:.0f}).")
+    if REVIEWS.is_file():
+        parts.append(
+            "## What reviewers see\n\nLanguage models that see, given the designs and numbered pictures, neither "
+            "prompts nor methods; other scenes of the same LoRAs, drawn by `multilora eval`, 25 steps, guidance 3."
+        )
+        parts += reviews()
     return "\n\n".join(parts)
 
 
@@ -212,6 +221,22 @@ def compact(journal: Journal) -> str:
     return table(["way", "runs a step", *(f"k = {k}" for k in ks)], rows)
 
 
+def reviews() -> list[str]:
+    """What blind reviewers saw in pictures of the test split, beside recogniser B: one table a review."""
+    found = []
+    for name, by_k_ in json.loads(REVIEWS.read_text(encoding="utf-8")).items():
+        ks = sorted(by_k_)
+        arms = {arm: [by_k_[k].get(arm, [0] * 4) for k in ks] for k in ks for arm in by_k_[k]}
+        rows = []
+        for arm, cells in sorted(arms.items(), key=lambda item: -sum(c[1] for c in item[1])):
+            asked, theirs, its, pictures = (sum(c[i] for c in cells) for i in range(4))
+            rows.append([arm, str(pictures), spread(theirs, asked), f"{its / asked:.2f}",
+                         *(f"{c[1] / c[0]:.2f} / {c[2] / c[0]:.2f}" if c[0] else "" for c in cells)])  # fmt: skip
+        head = ["way", "pictures", "elements, reviewers", "B", *(f"k = {k}, reviewers / B" for k in ks)]
+        found.append(f"### {name}\n\n{table(head, rows)}")
+    return found
+
+
 def _told(entries: Sequence[Mapping[str, Any]]) -> str:
     count = sum(e["pictures"] for e in entries)
     return f"{spread(*seen(entries))}, {sum(e['complete'] for e in entries) / count:.2f}, n {count}"
@@ -223,12 +248,17 @@ def main() -> None:
     parser.add_argument("--k", default="5,4,3,2")
     parser.add_argument("--journal", type=Path, default=WORLD / "leaderboard.jsonl")
     parser.add_argument("--work", type=Path, default=Path("out") / "leaderboard")
+    parser.add_argument("--review", nargs=4, help="keep a blind review: NAME EVALUATION SEALED ANSWERS")
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
     parser.add_argument("--device", default="cpu")
     for name, default in (("sets", 6), ("pictures", 200), ("batch", CHUNK), ("part", 1), ("parts", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    if not args.table:
+    if args.review:
+        name, *files = args.review
+        kept = json.loads(REVIEWS.read_text(encoding="utf-8")) if REVIEWS.is_file() else {}
+        REVIEWS.write_text(json.dumps({**kept, name: reviewed(*map(Path, files))}, indent=1) + "\n")
+    elif not args.table:
         chosen = settings(Journal(WORLD / "better.jsonl"))
         board = Board(args.journal, args.work, device=args.device, batch=args.batch)
         for k in map(int, args.k.split(",")):

@@ -1,0 +1,95 @@
+"""benchmarks/better.py and leaderboard.py: what is chosen from measured lines and reviews, and the tables of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import better, leaderboard
+from multilora.lab.journal import Journal
+
+WORLD = leaderboard.WORLD
+
+
+def line(journal, arm, k, found, pictures=10, rows=1.0, place="a+b", start=0):
+    journal.add(
+        f"picture/{arm}/{place}/{start}+{pictures}/25/", cell=arm, k=k, set=["pandu"] * k, elements={}, found=found,
+        asked=k * pictures, pictures=pictures, complete=0, clip=[50.0] * pictures, rows=rows, seconds=0.5,
+    )  # fmt: skip
+
+
+def test_an_arm_says_what_is_not_usual():
+    assert better.plain("arrow", 1.5, {"boost": 0.0, "top_k": 3, "temperature": 1.0}) == "arrow@1.5"
+    assert better.plain("arrow", 2, {"boost": 1.25, "top_k": 2}) == "arrow@2:top_k=2,boost=1.25"
+    assert better.read("arrow@2:top_k=2,boost=1.25") == ("arrow", 2.0, {"top_k": "2", "boost": "1.25"})
+    with pytest.raises(ValueError, match="unknown option of arrow"):
+        better.read("arrow@1:tok=2")
+
+
+def test_each_way_has_its_best_setting_of_the_train_split(tmp_path):
+    journal = Journal(tmp_path / "better.jsonl")
+    for k, arm, found in (
+        (2, "merge@1", 15), (2, "merge@0.8", 15), (2, "composite@2", 3),
+        (3, "merge@1", 20), (3, "merge@0.8", 25), (3, "composite@1", 4),
+        (3, "mole@1:boost=2,gate=token", 28), (3, "mole@0.8:gate=sample", 26),
+    ):  # fmt: skip
+        line(journal, arm, k, found)
+    found = leaderboard.settings(journal)
+    assert found[2]["merge"] == "merge@0.8", "of equals the one that showed most over all k"
+    assert (found[2]["composite"], found[3]["composite"]) == ("composite@2", "composite@1")
+    for k in (2, 3):
+        assert found[k]["mole, gate per token"] == "mole@1:boost=2,gate=token"
+        assert found[k]["mole, gate per sample"] == "mole@0.8:gate=sample"
+        assert found[k]["auto"] == "auto@1"
+
+
+def test_a_review_is_counted_by_k_and_arm(tmp_path):
+    for name, content in {
+        "evaluation.json": {"methods": {"a": {"method": "merge", "weight": 0.9}}},
+        "sealed.json": {
+            "1": {"method": "merge", "asked": {"character": "zib", "garment": "merlo"},
+                  "b": {"character": True, "garment": True}},
+            "2": {"method": 'guided_merge {"boost": 2.0} 0.8', "asked": {"character": "zib", "garment": "dotta"},
+                  "b": {"character": False, "garment": True}},
+        },
+        "answers.json": {"1": {"character": "zib", "garment": "dotta"}, "2": {"character": "zib", "garment": "dotta"}},
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(content))
+    found = better.reviewed(tmp_path, tmp_path / "sealed.json", tmp_path / "answers.json")
+    assert found == {"2": {"merge@0.9": [2, 1, 2, 1], "guided_merge@0.8:boost=2.0": [2, 2, 1, 1]}}
+
+
+def test_a_choice_costs_more_only_where_reviewers_saw_more(tmp_path):
+    journal = Journal(tmp_path / "better.jsonl")
+    for arm, rows in (("merge@1", 1), ("guided_merge@0.8:boost=1.25", 1), ("composite@1", 3), ("loratorio@1", 4)):
+        line(journal, arm, 3, 20, rows=rows)
+    review = {"3": {"merge@1": [30, 20, 0, 10], "guided_merge@0.8": [30, 24, 0, 10], "composite@1": [30, 22, 0, 10],
+                    "loratorio@1": [30, 27, 0, 10]}}  # fmt: skip
+    (cheap, dear) = better.choices(journal, review)["3"]
+    assert (cheap["method"], cheap["weight"], cheap["shown"], cheap["merge"]) == ("guided_merge", 0.8, 0.8, 0.667)
+    assert (dear["method"], dear["rows"], dear["shown"]) == ("loratorio", 4, 0.9)
+
+
+def test_the_shipped_choices_are_those_of_the_kept_review():
+    review = json.loads(better.REVIEW.read_text())
+    told = json.loads(better.AUTO.read_text())["choices"]
+    assert told == better.choices(Journal(WORLD / "better.jsonl"), review)
+
+
+def test_gains_are_of_the_same_pictures(tmp_path):
+    journal = Journal(tmp_path / "leaderboard.jsonl")
+    for start, ours, theirs in ((0, 18, 10), (10, 20, 12)):
+        line(journal, "guided_merge@1", 2, ours, start=start)
+        line(journal, "merge, weight 1", 2, theirs, start=start)
+    line(journal, "guided_merge@1", 2, 0, start=20)  # Merge has no such pictures
+    cells = leaderboard.gathered(journal)[2]
+    assert leaderboard.gain(cells["guided_merge@1"], cells["merge, weight 1"]).startswith("+0.40 ")
+    text = leaderboard.page(journal)
+    assert "| guided_merge@1 | 30 | 0.63" in text
+    assert "| **merge, weight 1, the grid's best by B** | 20 | 0.55" in text
+
+
+def test_the_tables_are_those_of_their_journals():
+    journal = Journal(WORLD / "leaderboard.jsonl")
+    assert (Path(better.TABLE).parent / "leaderboard.md").read_text() == leaderboard.page(journal) + "\n"
+    assert better.TABLE.read_text() == better.page(Journal(WORLD / "better.jsonl"))
