@@ -145,8 +145,10 @@ def choices(journal: Journal, review: dict[str, dict[str, list[int]]]) -> dict[s
     for k, arms in shown.items():
         best = max(v for arm, v in arms.items() if arm.startswith("merge@"))
         kept: list[dict[str, Any]] = []
+        most = -1.0
         for arm in sorted(arms, key=lambda a: (round(rows[a], 2), -arms[a], -sum(by[a] for by in shown.values()))):
-            if not kept or arms[arm] > kept[-1]["shown"]:
+            if arms[arm] > most:
+                most = arms[arm]
                 name, weight, options = read(arm)
                 bound = resolve("route", name, **options)
                 kept.append({"method": name, "weight": weight, "options": {n: bound.options[n] for n in options},

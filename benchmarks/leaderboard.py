@@ -40,6 +40,7 @@ from multilora.lab.world.tables import table
 from multilora.method import resolve
 
 WORLD = Path(__file__).resolve().parents[1] / "docs" / "world"
+LEAST = 200  # pictures of a cell
 OTHER = 500  # numbers of the scenes of the floor
 RENDERS = "real renders of other scenes"
 GRID_BEST = "merge, best weight of six by B"
@@ -121,14 +122,16 @@ def measure(board: Board, chosen: Sequence[str], count: int, arms: Iterable[str]
 
 
 def gathered(journal: Journal) -> dict[int, dict[str, dict[str, dict[str, Any]]]]:
-    """k -> cell -> place -> entry, of this journal and those beside it."""
+    """k -> cell -> place -> entry, of this journal and those beside it; cells of fewer than LEAST pictures, which
+    would be compared on other sets, are left out."""
     found = by_k(journal)
     for path in BESIDE:
         for k, cells in by_k(Journal(journal.path.with_name(path))).items():
             for name, entries in cells.items():
                 if k in found and "masked out" not in name and not name.startswith("no LoRA"):
                     found[k].setdefault(name, {}).update(entries)
-    return found
+    return {k: {name: own for name, own in cells.items() if sum(e["pictures"] for e in own.values()) >= LEAST}
+            for k, cells in found.items()}  # fmt: skip
 
 
 def seen(entries: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
@@ -163,7 +166,8 @@ def page(journal: Journal) -> str:
         "recogniser A (better.md), the best Merge afterwards by B. Elements and complete pictures by B, elements "
         "taken as independent; gains over the best Merge on the same noise, over batches of pictures and over "
         "the sets. Quality: kernel distance of B's features to real renders, in thousandths, less is better. Rows: "
-        "runs of the model a step. Seconds: CPU time of a picture, one thread, beside another process."
+        "runs of the model a step. Seconds: CPU time of a picture, one thread, beside "
+        "other processes."
     ]
     for k, cells in gathered(journal).items():
         best = best_of_grid({n: list(c.values()) for n, c in cells.items()})
@@ -202,7 +206,7 @@ def page(journal: Journal) -> str:
 
 
 def compact(journal: Journal) -> str:
-    """One row a method: elements with their interval, share of complete pictures, pictures, for each k."""
+    """One row a way: elements with their interval, share of complete pictures, pictures, for each k."""
     found, ks = gathered(journal), sorted(gathered(journal))
     shown: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for k, cells in found.items():
@@ -214,7 +218,10 @@ def compact(journal: Journal) -> str:
             if name:
                 shown.setdefault(name, {})[k] = list(own.values())
     rows = []
-    for name, by in sorted(shown.items(), key=lambda s: -sum(rate(seen(e)) for e in s[1].values()) / len(s[1])):
+    # Those that have all k first, from best to worst; the order of the others says nothing.
+    for name, by in sorted(
+        shown.items(), key=lambda s: (len(s[1]) < len(ks), -sum(rate(seen(e)) for e in s[1].values()) / len(s[1]))
+    ):
         entries = [e for own in by.values() for e in own]
         cost = sum(e["rows"] * e["pictures"] for e in entries) / sum(e["pictures"] for e in entries)
         rows.append([name, f"{cost:.1f}", *(_told(by[k]) if k in by else "" for k in ks)])

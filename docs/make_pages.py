@@ -31,7 +31,7 @@ KS = (2, 3, 4, 5)
 WHEN = {
     "merge": "always first; also the fastest",
     "guided_merge": "two LoRAs and more with guidance: more of each, at Merge's price",
-    "auto": "you would rather not choose",
+    "auto": "you would rather not choose; the default of the command and the app",
     "sum_of_differences": "the LoRAs spoil each other in a Merge and the time is there",
     "stale_sum": "as the sum of differences, where k + 1 runs a step are too many",
     "switch": "Merge smears two subjects into one, and the LoRAs are strong: raise their weights",
@@ -202,8 +202,10 @@ def board() -> str:
     from multilora.lab.journal import Journal
 
     told = (
-        "25 steps, guidance 3, the same noise for all; each method's weight and options for each k are those that "
-        "showed most on the train split; with CLIP score, quality, seconds and paired intervals: "
+        "25 steps, guidance 3, the same prompts and noise for all; the last rows were not drawn for every k. Weight "
+        "and options of a method for each k are those that showed most on the train split by another recogniser; Auto's "
+        "are by reviewers; a gate, ZipLoRA and LoRAHub see the set of LoRAs beforehand. CLIP score, quality, seconds, "
+        "paired intervals and what reviewers see: "
         "[benchmarks/leaderboard.md](benchmarks/leaderboard.md)."
     )
     return f"{leaderboard.compact(Journal(ROOT / 'docs' / 'world' / 'leaderboard.jsonl'))}\n\n{told}"

@@ -20,7 +20,8 @@ from multilora.lora import Lora
 from multilora.method import Bound, Method, resolve
 from multilora.pipelines.caching import cached, read_cache
 from multilora.pipelines.clock import step_clock
-from multilora.pipelines.denoise import Conductor, intercepted
+from multilora.pipelines.denoise import Conductor
+from multilora.pipelines.intercept import intercepted
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.load import find_lora
 from multilora.pipelines.members import Member, read_mask
@@ -78,6 +79,8 @@ def guidance_of(pipe: Any) -> float | None:
     None where the pipeline does not say: true_cfg_scale (FLUX.1, Qwen-Image) stays inside its call.
     """
     guider = getattr(pipe, "guider", None)
+    if guider is not None and getattr(guider, "num_conditions", 2) == 1:
+        return 1.0
     if guider is None and has_true_cfg(type(pipe)):
         return None
     scale = getattr(pipe if guider is None else guider, "guidance_scale", None)

@@ -1,17 +1,10 @@
-"""The denoiser, conducted: one call of the pipeline's denoiser becomes the plan's passes and their mean.
-
-The call is intercepted at the class (an instance gets a subclass whose `__call__` is ours), not at `forward`:
-accelerate's and diffusers' offload hooks replace `forward` and drop whatever stood there after each picture, and
-torch.compile guards on it. Inside a pass the module has its own class again, so nothing underneath sees us.
-"""
+"""The denoiser, conducted: one call of the pipeline's denoiser becomes the plan's passes and their mean."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,42 +26,6 @@ from multilora.routing import Asked
 
 class Cancelled(RuntimeError):
     """The run was cancelled; there is no picture."""
-
-
-@functools.cache
-def _conducted(cls: type) -> type:
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        conduct = self.__dict__["__multilora_conduct__"]
-
-        def model(*args: Any, **kwargs: Any) -> Any:
-            own = type(self)
-            self.__class__ = cls
-            try:
-                return self(*args, **kwargs)
-            finally:
-                self.__class__ = own
-
-        return conduct(model, args, kwargs)
-
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__multilora_of__": cls, "__module__": cls.__module__})
-
-
-@contextlib.contextmanager
-def intercepted(module: nn.Module, conduct: Callable[[Callable, tuple, dict], Any]) -> Iterator[None]:
-    """Send calls of `module` to `conduct(model, args, kwargs)`, where `model` is the module as it was.
-
-    Raises RuntimeError when the module is intercepted already.
-    """
-    cls = type(module)
-    if hasattr(cls, "__multilora_of__"):
-        raise RuntimeError(f"{cls.__name__} already runs a composition; finish that one first")
-    try:  # from here on: an interrupt may come between any two lines
-        module.__dict__["__multilora_conduct__"] = conduct
-        module.__class__ = _conducted(cls)
-        yield
-    finally:
-        module.__class__ = cls
-        module.__dict__.pop("__multilora_conduct__", None)
 
 
 @dataclass(frozen=True)
@@ -171,7 +128,7 @@ class Conductor:
             tuple(m.weight.at(step, self.clock.steps, self.clock.sigma) for m in self.members),
             tuple(m.lora.card for m in self.members),
             self.encodings,
-            self.guidance(),
+            self._guidance(arguments),
         )
         passes = self._plan(moment)
         result = self._perform(model, arguments, passes, moment)
@@ -179,6 +136,15 @@ class Conductor:
         if new_picture:
             self.bank.check_called()
         return result
+
+    def _guidance(self, arguments: dict) -> float | None:
+        """The scale of the guidance, 1 where this call has no negative half; None where nobody says."""
+        if self.table is None:
+            return self.guidance()
+        if self.table.negative == "second":  # in a call of its own, where the pipeline encoded a prompt for it
+            return 1.0 if len(self.encodings.calls) == 1 else self.guidance()
+        whole = self.half() is None and inputs.batch_of(self.table, arguments) == self.encodings.pictures
+        return 1.0 if whole or self.guided() is False else self.guidance()
 
     def _check_cancel(self) -> None:
         if self.cancel is not None and self.cancel.is_set():
@@ -203,8 +169,11 @@ class Conductor:
         """Index of the pass's run without masked LoRAs, then (members' mask, index) for each distinct mask."""
         gate = p.row if isinstance(p.row, Asked) else None
         if callable(p.row) and gate is None:
-            if any(m.mask is not None or m.positive_only for m in self.members):
-                raise ValueError(f"mask and positive_only need rows of weights; {self.bound.record.name} has a gate")
+            if p.negative != 1.0 or any(m.mask is not None or m.positive_only for m in self.members):
+                raise ValueError(
+                    "mask, positive_only and another row in the negative half need rows of weights; "
+                    f"{self.bound.record.name} has a gate"
+                )
             return [_index(runs, _Run(p.row, self._text(p, moment.weights, moment)))]
         row = tuple(float(v) for v in (gate.reach(moment.weights) if gate else p.row))
         if len(row) != len(self.members):
@@ -285,7 +254,10 @@ class Conductor:
         if callable(runs[0].row):
             self.bank.gate = gate = runs[0].row
             if runs[0].negative != 1.0 or any(m.positive_only for m in self.members):
-                gate.by_sample([self._in_half(gate.weights, h, runs[0].negative) for h in halves])
+                rows = [self._in_half(gate.weights, h, runs[0].negative) for h in halves]
+                if self.alone and self.table is not None and len(set(rows)) > 1:
+                    return [self._run_parts(model, arguments, runs, rows)]
+                gate.by_sample(rows)
             with self.caches.running(runs):
                 return [model(**arguments)]
         self.bank.gate = None
@@ -299,10 +271,13 @@ class Conductor:
 
     def _run_parts(self, model: Callable, arguments: dict, runs: list[_Run], rows: list[tuple]) -> Any:
         """One run whose samples have different rows, on a model that takes one row a call: row by row."""
-        outputs, start = [], 0
+        outputs, start, gate = [], 0, runs[0].row if callable(runs[0].row) else None
         for row, same in itertools.groupby(rows):
             stop = start + len(list(same))
-            self.bank.row = row
+            if gate is None:
+                self.bank.row = row
+            else:
+                self.bank.gate = gate.at(row)
             with self.caches.running([*runs, start]):
                 outputs.append(model(**inputs.part(self.table, arguments, start, stop)))
             start = stop
@@ -356,7 +331,7 @@ class Conductor:
                 "alike.",
                 stacklevel=2,
             )
-        if self.table is not None:
+        if self.table is not None and self.encodings.swaps:
             self.encodings.fall_back(why)
         return [""] * batch
 

@@ -31,7 +31,8 @@ from multilora.bases import component_of
 from multilora.method import Bound, Method, resolve, unknown
 from multilora.pipelines.clock import Clock
 from multilora.pipelines.composing import DENOISERS, check_run, denoiser_of, guidance_of, warned
-from multilora.pipelines.denoise import Conductor, intercepted
+from multilora.pipelines.denoise import Conductor
+from multilora.pipelines.intercept import intercepted
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.members import Member
 from multilora.pipelines.prompt import MODES, Encodings

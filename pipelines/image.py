@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -361,6 +362,12 @@ class Composer:
                 form=resolved.form if resolved else "auto",
                 passes_per_call=resolved.passes_per_call if resolved else None,
                 **callbacks,
+            )
+        if resolved and out.recipe.resolved and resolved.choice != out.recipe.resolved.choice:
+            warnings.warn(
+                f"method {recipe.method!r} chose otherwise when this recipe was made: then {resolved.choice!r}, now "
+                f"{out.recipe.resolved.choice!r}. The picture is another one.",
+                stacklevel=2,
             )
         out.recipe = out.recipe.model_copy(update={"index": recipe.index})
         return out

@@ -12,8 +12,8 @@ from diffusers.configuration_utils import FrozenDict
 
 from multilora.method import unknown
 from multilora.pipelines.clock import Clock, step_clock
-from multilora.pipelines.denoise import intercepted
 from multilora.pipelines.inputs import bound_arguments, inputs_of
+from multilora.pipelines.intercept import intercepted
 from multilora.pipelines.tasks import roles
 
 

@@ -25,7 +25,8 @@ from torch import nn
 from multilora.attach import attached, loaded
 from multilora.lora import Lora
 from multilora.method import Bound, Method, resolve, unknown
-from multilora.pipelines.denoise import Cancelled, intercepted
+from multilora.pipelines.denoise import Cancelled
+from multilora.pipelines.intercept import intercepted
 from multilora.pipelines.lanes import lane
 from multilora.pipelines.load import EMBEDDED
 from multilora.pipelines.members import Member

@@ -73,11 +73,37 @@ def test_without_guidance_it_is_merge(known):
     make = families.call("sd15", guided=False)
     with composing(pipe, loras, "auto", weights=families.WEIGHTS) as conductor:
         ours = make(pipe)
-    assert conductor.explains.startswith("merge: without guidance")
+    assert conductor.explains == "merge: there is no guidance"
     with composing(pipe, loras, "merge", weights=families.WEIGHTS):
         assert torch.equal(make(pipe), ours)
     (one,) = resolve("route", "auto")([object()])(Moment(0, 4, 9.0, None, (0.7,), guidance=5.0))
     assert (one.row, one.negative) == ((0.7,), 1.0)
+
+
+def test_on_a_family_whose_guidance_is_off_it_is_merge_at_the_users_weights(known):
+    """FLUX.1 without true_cfg_scale has one call a step, and says no scale."""
+    pipe, loras = families.pipe("flux"), families.loras("flux")
+    for guided in (False, True):
+        make = families.call("flux", guided=guided)
+        with composing(pipe, loras, "auto", weights=families.WEIGHTS) as conductor:
+            ours = make(pipe)
+        with composing(pipe, loras, "merge", weights=families.WEIGHTS):
+            apart = scene.apart(make(pipe), ours)
+        assert (apart == 0.0, conductor.explains.startswith("merge")) == (not guided, not guided)
+
+
+def test_where_one_lora_acts_it_keeps_its_weight(known):
+    plan = resolve("route", "auto")([object()] * 2)
+
+    def at(weights):
+        (one,) = plan(Moment(0, 4, 9.0, None, weights, guidance=5.0))
+        return one.row, one.negative
+
+    assert at((1.0, 0.0)) == ((1.0, 0.0), 1.0)
+    row, negative = at((1.0, 0.5))
+    assert row == (0.8, 0.4)
+    assert negative < 1.0
+    assert at((0.0, 0.5)) == ((0.0, 0.5), 1.0)
 
 
 def test_the_recipe_tells_the_choice():

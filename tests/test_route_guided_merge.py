@@ -134,3 +134,32 @@ def test_gates_are_held_back_as_weights_are():
     ours = drawn(loras, "arrow", 2.0, boost=3.0)
     assert scene.apart(ours, drawn(only, "arrow", 2.0, None)) < ONE
     assert scene.apart(ours, drawn(loras, "arrow", 2.0)) > 0.005
+
+
+@pytest.mark.long
+def test_gates_are_held_back_where_a_layer_joins_the_tokens_of_all_samples():
+    pipe = families.pipe("zimage")
+    loras = [
+        tiny.lora_for(pipe, rank=3, seed=i, strength=2.0, modules=["all_x_embedder.2-1", "cap_embedder.1", "to_q"])
+        for i in range(2)
+    ]
+    make = families.call("zimage", steps=2)
+    with composing(pipe, loras, "mole", weights=families.WEIGHTS, boost=3.0):
+        ours = make(pipe)
+    with composing(pipe, loras, "guided_merge", weights=[w / 2 for w in families.WEIGHTS], boost=3.0):
+        assert scene.apart(make(pipe), ours) < ONE
+    with composing(pipe, loras, "mole", weights=families.WEIGHTS):
+        assert scene.apart(make(pipe), ours) > 0.005
+
+
+def test_nothing_is_said_of_prompts_where_no_lora_has_a_part_for_them(recwarn):
+    pipe = unheard(tiny.sd15())
+    with composing(pipe, scene.loras(pipe), "guided_merge"):
+        scene.draw(pipe, guidance=4.0)
+    assert not [w for w in recwarn if "text_encoder" in str(w.message)]
+
+
+def test_a_guider_with_one_condition_does_not_guide():
+    guider = ClassifierFreeGuidance(guidance_scale=6.0)
+    guider.disable()
+    assert guidance_of(SimpleNamespace(guider=guider)) == 1.0

@@ -14,7 +14,7 @@ from multilora.route.merge import merge
 
 
 @method(
-    title="Chooses method, strength and steps for the number of LoRAs, by what did best where it was measured",
+    title="Takes the method and strength that showed most of as many LoRAs where it was measured",
     paper="multilora",
     cost="budget",
     laws=("single", "zero", "gauge", "permutation"),
@@ -24,27 +24,35 @@ def auto(
     *,
     budget: Annotated[float, Opt("runs of the model a step at most; 1 is the price of Merge", minimum=1.0)] = 1.0,
 ):
-    """The plan of the chosen method, with the users' weights times the chosen one; merge for one LoRA.
+    """The plan of the chosen method, with the users' weights times the chosen one.
 
-    Without guidance, which the choices were measured with, merge at the users' weights where the choice costs no more.
+    Where one LoRA acts, and in pictures without guidance, which the choices were measured with, merge at the users'
+    weights. A larger budget changes something only where the table has a setting that showed more for it.
     `plan.explains()` says in a line what was chosen and what for.
     """
     k = len(loras)
     found = choice(k, budget)
-    if found is None:
-        plan, said = merge(loras), f"merge: there is nothing to choose for {k} LoRA{'s' * (k != 1)}"
-        return explained(plan, lambda: said)
-    chosen = resolve("route", found["method"], **found["options"])(loras)
     plain = merge(loras)
-    guided = [True]
+    if found is None:
+        said = f"merge: there is nothing to choose for {k} LoRA{'s' * (k != 1)}"
+        return explained(plain, lambda: said)
+    chosen = resolve("route", found["method"], **found["options"])(loras)
+    guided: list[bool] = []  # decided by the first call of a picture
 
     def plan(moment: Moment) -> list[Pass]:
-        guided[:] = [moment.guidance is None or moment.guidance > 1.0 or found["rows"] > 1.0]
-        return chosen(weighed(moment, found["weight"])) if guided[0] else plain(moment)
+        if not guided:
+            guided.append(moment.guidance is None or moment.guidance > 1.0 or found["rows"] > 1.0)
+        alone = sum(w != 0.0 for w in moment.weights) < 2
+        return plain(moment) if alone or not guided[0] else chosen(weighed(moment, found["weight"]))
+
+    def combine(outputs, moment: Moment):
+        if len(outputs) == 1:
+            return outputs[0]
+        return chosen.combine(outputs, weighed(moment, found["weight"]))
 
     if getattr(chosen, "combine", None) is not None:
-        plan.combine = lambda outputs, moment: chosen.combine(outputs, weighed(moment, found["weight"]))
-    return explained(plan, lambda: says(found, k) if guided[0] else "merge: without guidance nothing can be held back")
+        plan.combine = combine
+    return explained(plan, lambda: says(found, k) if guided[:1] != [False] else "merge: there is no guidance")
 
 
 def explained(plan: Any, line: Any) -> Any:
@@ -61,8 +69,8 @@ def weighed(moment: Moment, factor: float) -> Moment:
 def choice(k: int, budget: float) -> dict[str, Any] | None:
     """The setting for k LoRAs that showed most at `budget` runs a step; None for one LoRA.
 
-    Keys: method, weight, options, rows, shown, merge (what Merge at its best weight showed), pictures, k. More LoRAs
-    than were measured have those of the most that were. A budget below the cheapest takes the cheapest.
+    Keys: method, weight, options, rows, shown, merge (what the best of the reviewed Merges showed), pictures, k. More
+    LoRAs than were measured have those of the most that were. A budget below the cheapest takes the cheapest.
     """
     known = table()
     if k < 2:
@@ -79,7 +87,7 @@ def says(found: dict[str, Any], k: int) -> str:
     of = f"{found['k']}" if k == found["k"] else f"{found['k']} (the most that were measured)"
     return (
         f"{found['method']}{options}{weight}: reviewers saw {found['shown']:.0%} of {of} LoRAs on the embedded "
-        f"world's train split, with merge {found['merge']:.0%}"
+        f"world's train split ({found['pictures']} pictures), with merge {found['merge']:.0%}"
     )
 
 

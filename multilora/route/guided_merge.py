@@ -1,6 +1,6 @@
 """Guided merge: all LoRAs in one pass, held back in the negative half so that guidance enlarges what they change.
 
-Our own; multilora.guided has the formula and why. Its price is nothing: one run a step, as Merge.
+Our own; multilora.guided has the formula and why. It takes no more runs of the model than Merge.
 """
 
 from typing import Annotated
@@ -11,7 +11,7 @@ from multilora.plan import Moment, Pass
 
 
 @method(
-    title="All LoRAs at once, held back in the negative half: guidance gives each its strength back, at no cost",
+    title="All LoRAs at once, held back in the negative half, so that guidance gives each its strength back",
     paper="multilora",
     cost="1",
     laws=("single", "zero", "gauge", "permutation"),

@@ -49,7 +49,7 @@ def recipe_of(
     given = {name: value for name, value in given.items() if value is not None and value != ""}
     uses, masks = read_uses(service, session, given.pop("loras", []))
     known = {name: facts[name] for name in ("steps", "guidance_scale", "width", "height", "scheduler")}
-    bound = resolve("route", given.pop("method", "merge"), **given.pop("options", {}))
+    bound = resolve("route", given.pop("method", "auto"), **given.pop("options", {}))
     fields = {"prompt": "", "seed": 0, **known, **given, "method": bound.record.name, "options": bound.options}
     fields |= {"base": facts["base"], "base_family": facts["family"], "loras": uses}
     for name in ("seed", "steps", "width", "height"):
