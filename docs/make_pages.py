@@ -203,9 +203,9 @@ def board() -> str:
 
     told = (
         "25 steps, guidance 3, the same prompts and noise for all; the last rows were not drawn for every k. Weight "
-        "and options of a method for each k are those that showed most on the train split by another recogniser; Auto's "
-        "are by reviewers; a gate, ZipLoRA and LoRAHub see the set of LoRAs beforehand. CLIP score, quality, seconds, "
-        "paired intervals and what reviewers see: "
+        "and options of a method for each k are those that showed most on the train split by another recogniser; "
+        "Auto's are by reviewers; a gate, ZipLoRA and LoRAHub see the set of LoRAs beforehand. CLIP score, quality, "
+        "seconds, paired intervals and what reviewers see: "
         "[benchmarks/leaderboard.md](benchmarks/leaderboard.md)."
     )
     return f"{leaderboard.compact(Journal(ROOT / 'docs' / 'world' / 'leaderboard.jsonl'))}\n\n{told}"

@@ -44,11 +44,10 @@ class LinearDenoiser(ModelMixin, ConfigMixin):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _known():
-    """The linear denoiser is called as a U-Net is, so that methods may know its halves."""
+def _():
+    """The linear denoiser is called as a U-Net is: methods know its halves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TABLE, "LinearDenoiser", TABLE["UNet2DConditionModel"])
-        yield
+        yield patch.setitem(TABLE, "LinearDenoiser", TABLE["UNet2DConditionModel"])
 
 
 class Toy:

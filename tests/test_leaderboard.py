@@ -78,15 +78,17 @@ def test_the_shipped_choices_are_those_of_the_kept_review():
 
 def test_gains_are_of_the_same_pictures(tmp_path):
     journal = Journal(tmp_path / "leaderboard.jsonl")
-    for start, ours, theirs in ((0, 18, 10), (10, 20, 12)):
-        line(journal, "guided_merge@1", 2, ours, start=start)
-        line(journal, "merge, weight 1", 2, theirs, start=start)
-    line(journal, "guided_merge@1", 2, 0, start=20)  # Merge has no such pictures
+    for start, ours, theirs in ((0, 180, 100), (100, 200, 120)):
+        line(journal, "guided_merge@1", 2, ours, 100, start=start)
+        line(journal, "merge, weight 1", 2, theirs, 100, start=start)
+    line(journal, "guided_merge@1", 2, 0, 100, start=200)  # Merge has no such pictures
+    line(journal, "switch@1", 2, 9)  # of too few sets to be compared
     cells = leaderboard.gathered(journal)[2]
     assert leaderboard.gain(cells["guided_merge@1"], cells["merge, weight 1"]).startswith("+0.40 ")
     text = leaderboard.page(journal)
-    assert "| guided_merge@1 | 30 | 0.63" in text
-    assert "| **merge, weight 1, the grid's best by B** | 20 | 0.55" in text
+    assert "| guided_merge@1 | 300 | 0.63" in text
+    assert "| **merge, weight 1, the grid's best by B** | 200 | 0.55" in text
+    assert "switch" not in text
 
 
 def test_the_tables_are_those_of_their_journals():

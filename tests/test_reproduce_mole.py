@@ -5,6 +5,7 @@ import torch
 
 from multilora.lab.journal import Journal
 from multilora.lab.reproduce import page
+from multilora.lab.reproduce.gate_scenes import gate_scene
 from multilora.lab.reproduce.mole import (
     BASE,
     EXPERIMENT,
@@ -14,7 +15,6 @@ from multilora.lab.reproduce.mole import (
     PAPER,
     SHARED,
     WAYS,
-    gate_scene,
     main,
     shares_of,
     tables,
@@ -77,7 +77,7 @@ def test_the_tables(tmp_path):
 
 def test_every_test_set_has_k_loras_and_no_category_twice():
     assert [len(sets("test", k)) for k in (2, 3, 4, 5)] == [10, 18, 14, 4]
-    assert len(GATES) == 4
+    assert len(GATES) == 5
 
 
 def made_up(path, found, generic=(4, 3)):

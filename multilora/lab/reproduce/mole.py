@@ -15,7 +15,6 @@ pictures of each.
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,24 +28,21 @@ from PIL import Image
 from multilora import files
 from multilora.lab.journal import Journal
 from multilora.lab.reproduce import bench as texts
+from multilora.lab.reproduce.gate_scenes import MOST, draw_references, own_captions
 from multilora.lab.result_chart import Point, draw_lines
 from multilora.lab.train.gates import train
 from multilora.lab.world.caption import caption
 from multilora.lab.world.designs import DESIGNS
 from multilora.lab.world.loras import pictures
-from multilora.lab.world.render import render
 from multilora.lab.world.report import composed_scene, even_sets, requested
-from multilora.lab.world.scene import Scene, sample_scene
 from multilora.lab.world.tables import share, table
 from multilora.method import resolve, unknown
 from multilora.pipelines.load import library, load_pipeline
 from multilora.routing import Asked, mean_shares
 from multilora.trace import traced
 
-MOST = 50  # pictures of a set at most
 CHUNK = 4
 STEPS = 25
-REFERENCES = 48  # pictures that a gate learns from, of each set
 GRID = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 # way -> (learns from references, settings of multilora.lab.train.gates.train)
 GATES: Mapping[str, tuple[bool, dict[str, Any]]] = {
@@ -62,29 +58,6 @@ PAPER = f"mole, {WAYS[0]}"
 BASE, FULL, SHARED = "no LoRA, prompt only", "merge, weight 1", "merge, weight 1/k"
 SETS, EACH, KS = 6, 8, (2, 3, 4, 5)
 SETTINGS = {"per": "layer", "steps": 150, "draws": 4, "lr": 3e-4, "checkpoint_every": 50}
-
-
-def gate_scene(chosen: Sequence[str], index: int) -> Scene:
-    """Scene `index` to learn from, with all the designs; its caption is none of the held-out ones of the set."""
-    designs = {DESIGNS[name].category: name for name in chosen}
-    plain = {} if "style" in designs else {"style": "flat"}
-    held_out = {caption(composed_scene(chosen, i), 1) for i in range(MOST)}
-    for attempt in range(1000):
-        rng = random.Random(f"gate/{'+'.join(chosen)}/{index}/{attempt}")
-        scene = sample_scene(rng, designs=designs, **plain)
-        if caption(scene, 1) not in held_out:
-            return scene
-    raise ValueError(f"{'+'.join(chosen)}: every caption is a held-out one")
-
-
-def draw_references(chosen: Sequence[str], folder: Path, count: int = REFERENCES) -> Path:
-    """A folder of rendered pictures that show all the designs, with captions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        scene = gate_scene(chosen, i)
-        render(scene).save(folder / f"{i:03d}.png")
-        (folder / f"{i:03d}.txt").write_text(caption(scene, 1) + "\n", encoding="utf-8")
-    return folder
 
 
 class Bench:
@@ -175,11 +148,6 @@ class Bench:
                     shares=shares, rows=round(sum(rows) / len(rows), 3) if rows else 1.0, seconds=round(seconds, 3),
                     device=self.device,
                 )  # fmt: skip
-
-
-def own_captions(chosen: Sequence[str], count: int = 8) -> list[list[str]]:
-    """[LoRAs] captions of scenes with one design each."""
-    return [[caption(gate_scene([name], i), 1) for i in range(count)] for name in chosen]
 
 
 def shares_of(runs: Sequence[Any]) -> list[float] | None:
