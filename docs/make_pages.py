@@ -30,7 +30,7 @@ KS = (2, 3, 4, 5)
 # method -> when to use it; a method that is not here is found by `multilora methods`
 WHEN = {
     "merge": "always first; also the fastest",
-    "guided_merge": "two LoRAs and more with guidance: more of each, at Merge's price",
+    "guided_merge": "three LoRAs and more with guidance, at weights below 1",
     "auto": "you would rather not choose; the default of the command and the app",
     "sum_of_differences": "the LoRAs spoil each other in a Merge and the time is there",
     "stale_sum": "as the sum of differences, where k + 1 runs a step are too many",

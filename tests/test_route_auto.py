@@ -65,7 +65,7 @@ def test_it_draws_what_it_has_chosen_and_says_so(known, budget, method, factor, 
         assert scene.apart(make(pipe), ours) > 0.01
     assert conductor.explains.startswith(method)
     assert "of 2 LoRAs" in conductor.explains
-    assert "with merge 50%" in conductor.explains
+    assert "with merge at weight 1 50%" in conductor.explains
 
 
 def test_without_guidance_it_is_merge(known):

@@ -69,8 +69,8 @@ def weighed(moment: Moment, factor: float) -> Moment:
 def choice(k: int, budget: float) -> dict[str, Any] | None:
     """The setting for k LoRAs that showed most at `budget` runs a step; None for one LoRA.
 
-    Keys: method, weight, options, rows, shown, merge (what the best of the reviewed Merges showed), pictures, k. More
-    LoRAs than were measured have those of the most that were. A budget below the cheapest takes the cheapest.
+    Keys: method, weight, options, rows, shown, merge (what Merge at weight 1 showed), pictures, k. More LoRAs than
+    were measured have those of the most that were. A budget below the cheapest takes the cheapest.
     """
     known = table()
     if k < 2:
@@ -81,13 +81,14 @@ def choice(k: int, budget: float) -> dict[str, Any] | None:
 
 
 def says(found: dict[str, Any], k: int) -> str:
-    """Such as "arrow, weights x 1.5: reviewers saw 70% of 4 LoRAs on .., with merge 47%"."""
+    """Such as "arrow, weights x 1.5: reviewers saw 70% of 4 LoRAs on .., with merge at weight 1 47%"."""
     options = "".join(f", {name}={value}" for name, value in found["options"].items())
     weight = "" if found["weight"] == 1.0 else f", weights x {found['weight']:g}"
     of = f"{found['k']}" if k == found["k"] else f"{found['k']} (the most that were measured)"
+    seen, merged = f"{found['shown']:.0%}", f"{found['merge']:.0%}"
     return (
-        f"{found['method']}{options}{weight}: reviewers saw {found['shown']:.0%} of {of} LoRAs on the embedded "
-        f"world's train split ({found['pictures']} pictures), with merge {found['merge']:.0%}"
+        f"{found['method']}{options}{weight}: in {found['pictures']} pictures of the embedded world's train split "
+        f"reviewers saw {seen} of {of} LoRAs, with merge at weight 1 {merged}"
     )
 
 
