@@ -1,6 +1,7 @@
 """The figures of docs/ideas that are not in docs/text: python docs/make_figures.py
 
-lora.png and composition.png are drawn from docs/world/report.jsonl; loramoe.svg and lora_switch.svg are diagrams.
+lora.png and composition.png are drawn from docs/world/report.jsonl, guided_merge.png from review_test.json beside it;
+loramoe.svg and lora_switch.svg are diagrams.
 mole.png is what `multilora gates show zib_merlo_burgo --out docs/ideas/mole.png` draws.
 """
 
@@ -21,7 +22,7 @@ INK, GREY, BLUE, ORANGE, PAPER = "#1a1a1a", "#6a6a6a", "#0072b2", "#d55e00", "#f
 def main() -> None:
     from multilora.recipe import save_png
 
-    for name, picture in {"lora": lora(), "composition": composition()}.items():
+    for name, picture in {"lora": lora(), "composition": composition(), "guided_merge": guided_merge()}.items():
         print(save_png(picture, IDEAS / f"{name}.png") or IDEAS / f"{name}.png")
     for name, text in {"loramoe": loramoe(), "lora_switch": lora_switch()}.items():
         (IDEAS / f"{name}.svg").write_text(text, encoding="utf-8")
@@ -65,6 +66,23 @@ def composition() -> Any:
             lines[name].append(Point(name, seen / asked, *wilson(seen, asked), x=k))
     return draw_lines(lines, title="Several LoRAs in one picture", axis="LoRAs in the picture",
                       subtitle="share of the requested elements that are there, test LoRAs")  # fmt: skip
+
+
+def guided_merge() -> Any:
+    """What blind reviewers saw in pictures by Auto and by Merge at two weights, by the number of LoRAs."""
+    from multilora.lab.evaluate.statistics import wilson
+    from multilora.lab.result_chart import Point, draw_lines
+
+    reviews = json.loads((DOCS / "world" / "review_test.json").read_text(encoding="utf-8"))
+    lines = {}
+    for arm, name in {"auto@1": "auto", "merge@0.8": "merge at .8", "merge@1": "merge at 1"}.items():
+        lines[name] = []
+        for k in (2, 3, 4, 5):
+            mine = [by[str(k)][arm] for title, by in reviews.items() if "100 scenes" in title and arm in by[str(k)]]
+            asked, seen = (sum(counts[i] for counts in mine) for i in (0, 1))
+            lines[name].append(Point(name, seen / asked, *wilson(seen, asked), x=k))
+    return draw_lines(lines, title="What reviewers saw", axis="LoRAs in the picture",
+                      subtitle="share of the requested elements, test LoRAs")  # fmt: skip
 
 
 def loramoe() -> str:

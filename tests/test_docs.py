@@ -24,7 +24,9 @@ PAGES = [
     *sorted(p for p in (DOCS / "guides").glob("*.md") if p.name not in ELSEWHERE),
     *sorted((DOCS / "ideas").glob("*.md")),
 ]
-SYSTEMS = ["composition", "few_shot", "fisher", "lora", "lora_switch", "lorahub", "loramoe", "mole", "pem"]
+SYSTEMS = [
+    "composition", "few_shot", "fisher", "guided_merge", "lora", "lora_switch", "lorahub", "loramoe", "mole", "pem",
+]  # fmt: skip
 LONG = "<!-- long -->"
 SHOWN = re.compile(r"(<!-- long -->\n)?^```(\w+)\n(.*?)^```$", re.M | re.S)
 LANGUAGES = {"bash", "python", "text"}

@@ -74,7 +74,7 @@ def test_the_table_of_weights_for_pictures_is_that_of_its_journal(capsys):
     assert capsys.readouterr().out == (make_pages.ROOT / "benchmarks" / "weigh_pictures.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["lora", "composition"])
+@pytest.mark.parametrize("name", ["lora", "composition", "guided_merge"])
 def test_figures_are_those_of_the_stored_results(name):
     with Image.open(make_figures.IDEAS / f"{name}.png") as kept:
         assert kept.convert("RGB").tobytes() == getattr(make_figures, name)().convert("RGB").tobytes()

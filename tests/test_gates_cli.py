@@ -49,7 +49,7 @@ def test_from_training_to_a_picture_and_a_map(capsys, world, tmp_path):
     mole = ["compose", "a fox", *loras, "--method", "mole", *draw]
     status, _, err = call(capsys, *mole, "--gate", "g.safetensors", "--out", "a.png")
     assert status == 0, err
-    assert Recipe.from_png("a.png").options == {"gate": "g.safetensors", "mask": ""}
+    assert Recipe.from_png("a.png").options == {"gate": "g.safetensors", "mask": "", "boost": 0.0}
     assert call(capsys, *mole, "--out", "b.png")[0] == 0
     assert Image.open("a.png").tobytes() != Image.open("b.png").tobytes()
     assert call(capsys, "compose", "--from", "a.png", "--out", "c.png")[0] == 0

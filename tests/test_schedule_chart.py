@@ -96,7 +96,8 @@ def test_the_command_draws_beside_the_picture_and_prints_notes(tmp_path, capsys)
     out = tmp_path / "fox.png"
     prompt = "a korv fox [<lora:korv:2.9>::0.5] <lora:merlo:0.5:2:step=1-3>"
     with pytest.raises(SystemExit) as ended:
-        main(["compose", prompt, "--steps", "4", "--seed", "1", "--show-schedule", "--out", str(out)])
+        main(["compose", prompt, "--method", "merge", "--steps", "4", "--seed", "1", "--show-schedule", "--out",
+              str(out)])  # fmt: skip
     printed = capsys.readouterr()
     assert not ended.value.code, printed.err
     assert printed.out.split() == [str(out), str(tmp_path / "fox_schedule.png")]
