@@ -153,6 +153,7 @@ def test_from_nothing_to_the_first_picture(browser, server):
 
 def test_five_clicks_from_the_start_page_to_a_comparison_of_four_loras(visit):
     page = visit()
+    assert page.inner_text(".ml-list-title").strip() == "Chosen"
     page.evaluate("window.clicked = 0; document.addEventListener('click', (e) => { clicked += e.isTrusted }, true)")
     choose(page, *FOUR)
     begin(page, "#ml-compare")

@@ -14,9 +14,9 @@ from multilora.route.merge import merge
 
 
 @method(
-    title="Takes the method and strength that showed most of as many LoRAs where it was measured",
+    title="Picks method and weights by the number of LoRAs: what reviewers saw most of them with",
     paper="multilora",
-    cost="budget",
+    cost="at most budget",
     laws=("single", "zero", "gauge", "permutation"),
 )
 def auto(

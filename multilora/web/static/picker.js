@@ -318,9 +318,9 @@ function drawList() {
   rows.replaceChildren(...list.map((use, i) => row(uses().find((u) => u.name === use.name), i)));
   const words = list.length ? `${list.filter((u) => u.on !== false).length} of ${list.length} on` : "";
   title.replaceChildren(make("b", {}, "Chosen"), make("span", { class: "ml-sub" }, ` ${words}`),
-    list.length ? make("button", { type: "button", class: "ml-chip", onclick: () => {
+    ...(list.length ? [make("button", { type: "button", class: "ml-chip", onclick: () => {
       props.value = []; prompted([], null); drawCards(); drawList(); announce("list emptied");
-    } }, "clear") : null);
+    } }, "clear")] : []));
   if (!list.length) rows.append(make("li", { class: "ml-empty" }, "None yet: the base model alone. Click previews above to add LoRAs."));
   if (held && !root.contains(document.activeElement)) rows.querySelector(`[data-name="${CSS.escape(held)}"] summary`)?.focus();
 }
