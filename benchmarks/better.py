@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def drawn_with(bench: Bench, arm: str, chosen: tuple[str, ...]) -> tuple[str, fl
     return name, weight, options
 
 
-def measure(bench: Bench, chosen: tuple[str, ...], count: int, arms: list[str]) -> None:
+def measure(bench: Bench, chosen: tuple[str, ...], count: int, arms: Iterable[str]) -> None:
     loras = [bench.lora(name) for name in chosen]
     for arm in arms:
         if bench.left(arm, chosen, count):
@@ -180,7 +181,7 @@ def main() -> None:
         AUTO.write_text(json.dumps(told, indent=1) + "\n")
         return
     if not asked.table:
-        bench = Bench(asked.journal, asked.journal.parent, device=asked.device, batch=asked.batch, recogniser="a")
+        bench = Bench(asked.journal, ROOT / "out" / "better", device=asked.device, batch=asked.batch, recogniser="a")
         for chosen, count in shared_out(asked.k, asked, "train"):
             measure(bench, chosen, count, asked.arms)
     TABLE.write_text(page(Journal(asked.journal)))

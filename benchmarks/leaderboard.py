@@ -28,8 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.better import cells as trained
-from benchmarks.better import drawn_with, reviewed
-from multilora.lab.evaluate.quality import kernel_distance
+from benchmarks.better import measure, reviewed
+from multilora.lab.evaluate.quality import OTHER, RENDERS, kernel_distance
 from multilora.lab.evaluate.statistics import wilson
 from multilora.lab.journal import Journal
 from multilora.lab.reproduce.bench import mean_interval, rate
@@ -37,12 +37,9 @@ from multilora.lab.reproduce.mole import CHUNK, SHARED, STEPS, Bench, best_of_gr
 from multilora.lab.world.render import render
 from multilora.lab.world.report import GUIDANCE, composed_scene
 from multilora.lab.world.tables import table
-from multilora.method import resolve
 
 WORLD = Path(__file__).resolve().parents[1] / "docs" / "world"
 LEAST = 200  # pictures of a cell
-OTHER = 500  # numbers of the scenes of the floor
-RENDERS = "real renders of other scenes"
 GRID_BEST = "merge, best weight of six by B"
 # cell of another benchmark -> what a small table calls it
 TOLD = {"lorahub": "weights by LoRAHub", "mole, paper: row sums to 1": "mole, the paper's gate",
@@ -112,15 +109,6 @@ class Board(Bench):
                 self.journal.add(f"quality/{name}/{k}/{count}", cell=name, k=k, pictures=count, **told)
 
 
-def measure(board: Board, chosen: Sequence[str], count: int, arms: Iterable[str]) -> None:
-    loras = [board.lora(name) for name in chosen]
-    for arm in arms:
-        if board.left(arm, chosen, count):
-            name, weight, options = drawn_with(board, arm, chosen)
-            board.cell(arm, chosen, count, loras, [weight] * len(chosen), resolve("route", name, **options))
-    print(f"{'+'.join(chosen)}: done", flush=True)
-
-
 def gathered(journal: Journal) -> dict[int, dict[str, dict[str, dict[str, Any]]]]:
     """k -> cell -> place -> entry, of this journal and those beside it; cells of fewer than LEAST pictures, which
     would be compared on other sets, are left out."""
@@ -163,10 +151,10 @@ def page(journal: Journal) -> str:
         "# Leaderboard\n\nMade by `python benchmarks/leaderboard.py`.\n\n"
         f"LoRAs of the embedded world's test split, held-out prompts and seeds, {STEPS} steps, guidance {GUIDANCE:g}; "
         "the same noise for all. METHOD@WEIGHT:options; the setting of each k was chosen on the train split by "
-        "recogniser A (better.md), the best Merge afterwards by B. Elements and complete pictures by B, elements "
-        "taken as independent; gains over the best Merge on the same noise, over batches of pictures and over "
-        "the sets. Quality: kernel distance of B's features to real renders, in thousandths, less is better. Rows: "
-        "runs of the model a step. Seconds: CPU time of a picture, one thread, beside "
+        "recogniser A (better.md), Auto's by reviewers, the best Merge afterwards by B. Elements and complete "
+        "pictures by B, elements taken as independent; gains over the best Merge on the same noise, over batches of pictures "
+        "and over the sets. Quality: kernel distance of B's features to real renders, in thousandths, less is better. "
+        "Rows: runs of the model a step. Seconds: CPU time of a picture, one thread, beside "
         "other processes."
     ]
     for k, cells in gathered(journal).items():
@@ -207,13 +195,13 @@ def page(journal: Journal) -> str:
 
 def compact(journal: Journal) -> str:
     """One row a way: elements with their interval, share of complete pictures, pictures, for each k."""
-    found, ks = gathered(journal), sorted(gathered(journal))
+    found, tuned = gathered(journal), settings(Journal(journal.path.with_name("better.jsonl")))
+    ks = sorted(found)
     shown: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for k, cells in found.items():
         best = best_of_grid({n: list(c.values()) for n, c in cells.items()})
-        tuned = settings(Journal(journal.path.with_name("better.jsonl")))[k]
         for cell, own in cells.items():
-            name = next((n for n, arm in tuned.items() if arm == cell and n != "merge"), "")
+            name = next((n for n, arm in tuned[k].items() if arm == cell and n != "merge"), "")
             name = GRID_BEST if cell == best else name or TOLD.get(cell, "")
             if name:
                 shown.setdefault(name, {})[k] = list(own.values())

@@ -5,7 +5,10 @@ the eyes of reviewers who knew neither prompts nor methods, on the train split o
 benchmarks/better.py --auto` writes it.
 """
 
+import dataclasses
 import functools
+import json
+from pathlib import Path
 from typing import Annotated, Any
 
 from multilora.method import Opt, method, resolve
@@ -61,8 +64,6 @@ def explained(plan: Any, line: Any) -> Any:
 
 
 def weighed(moment: Moment, factor: float) -> Moment:
-    import dataclasses
-
     return dataclasses.replace(moment, weights=tuple(w * factor for w in moment.weights))
 
 
@@ -95,9 +96,6 @@ def says(found: dict[str, Any], k: int) -> str:
 @functools.cache
 def table() -> dict[int, list[dict[str, Any]]]:
     """Number of LoRAs -> settings, from cheap to dear."""
-    import json
-    from pathlib import Path
-
     import multilora.assets
 
     path = Path(next(iter(multilora.assets.__path__))) / "auto.json"
