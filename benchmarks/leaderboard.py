@@ -152,8 +152,9 @@ def page(journal: Journal) -> str:
         f"LoRAs of the embedded world's test split, held-out prompts and seeds, {STEPS} steps, guidance {GUIDANCE:g}; "
         "the same noise for all. METHOD@WEIGHT:options; the setting of each k was chosen on the train split by "
         "recogniser A (better.md), Auto's by reviewers, the best Merge afterwards by B. Elements and complete "
-        "pictures by B, elements taken as independent; gains over the best Merge on the same noise, over batches of pictures "
-        "and over the sets. Quality: kernel distance of B's features to real renders, in thousandths, less is better. "
+        "pictures by B, elements taken as independent; gains over the best Merge on the same noise, over batches of "
+        "pictures and over the sets. Quality: kernel distance of B's features to real renders, in thousandths, less "
+        "is better. "
         "Rows: runs of the model a step. Seconds: CPU time of a picture, one thread, beside "
         "other processes."
     ]
