@@ -136,27 +136,43 @@ def reviewed(evaluation: Path, sealed: Path, answers: Path) -> dict[str, dict[st
 def choices(journal: Journal, review: dict[str, dict[str, list[int]]]) -> dict[str, list[dict[str, Any]]]:
     """k -> the reviewed arms of which each showed more than every one that costs no more, from cheap to dear.
 
-    By the reviewers' eyes; of equals the one that showed most over all k.
+    By the reviewers' eyes, over the pictures of k LoRAs and of one more and one fewer, since a few pictures of one k
+    order little; of equals the one that showed more at k itself, then the one with weights nearer the user's.
     """
-    rows = {}
-    for arms in cells(journal).values():
-        rows.update({plain(*read(arm)): c["rows"] / c["pictures"] for arm, c in arms.items() if "gate=" not in arm})
-    shown = {k: {arm: c[1] / c[0] for arm, c in arms.items()} for k, arms in review.items()}
+    rows = {
+        (str(k), _unweighed(arm)): c["rows"] / c["pictures"]
+        for k, arms in cells(journal).items()
+        for arm, c in arms.items()
+        if "gate=" not in arm
+    }
     found: dict[str, list[dict[str, Any]]] = {}
-    for k, arms in shown.items():
-        best = max(v for arm, v in arms.items() if arm.startswith("merge@"))
+    for k, arms in review.items():
+        near = [review[n] for n in (str(int(k) - 1), k, str(int(k) + 1)) if n in review]
+
+        def shown(arm: str, near: list = near, own: dict = arms) -> tuple[float, float, float]:
+            seen = [by[arm] for by in near if arm in by]
+            pooled = sum(c[1] for c in seen) / sum(c[0] for c in seen)
+            return pooled, own[arm][1] / own[arm][0], -abs(read(arm)[1] - 1)
+
+        merge = max((arm for arm in arms if arm.startswith("merge@")), key=shown)
         kept: list[dict[str, Any]] = []
-        most = -1.0
-        for arm in sorted(arms, key=lambda a: (round(rows[a], 2), -arms[a], -sum(by[a] for by in shown.values()))):
-            if arms[arm] > most:
-                most = arms[arm]
+        most = (-1.0, 0.0, 0.0)
+        cost = {arm: round(rows[k, _unweighed(arm)], 2) for arm in arms}
+        for arm in sorted(arms, key=lambda a: (cost[a], *(-v for v in shown(a)))):
+            if shown(arm) > most:
+                most = shown(arm)
                 name, weight, options = read(arm)
                 bound = resolve("route", name, **options)
                 kept.append({"method": name, "weight": weight, "options": {n: bound.options[n] for n in options},
-                             "rows": round(rows[arm], 2), "shown": round(arms[arm], 3), "merge": round(best, 3),
-                             "pictures": review[k][arm][3]})  # fmt: skip
+                             "rows": cost[arm], "shown": round(most[1], 3), "merge": round(shown(merge)[1], 3),
+                             "merge_weight": read(merge)[1], "pictures": arms[arm][3]})  # fmt: skip
         found[k] = kept
     return found
+
+
+def _unweighed(arm: str) -> str:
+    name, _, options = read(arm)
+    return plain(name, 1, options)
 
 
 def main() -> None:

@@ -7,6 +7,9 @@ the exact method, and by its stale form; the ratio is
 
     ||stale - exact|| / ||exact - base||         of the final latents.
 
+--near 1.05 also draws the exact sum of differences with changes 1.05 times as strong: where so small a change of the
+sum leads far away, reuse that errs by as much does too.
+
 What is in the journal is not drawn again: stop it and go on at any time. The table of all that is there is written to
 benchmarks/stale.md after each prompt; --prompts 0 only writes it. --tune draws a grid of settings on the train split.
 """
@@ -126,7 +129,8 @@ def write(journal: Journal) -> None:
         f"||stale - exact|| / ||exact - base|| of final latents, embedded world, {STEPS} steps, guidance {GUIDANCE:g},"
         " weights 1, one picture a prompt; mean ± standard error. Runs a step: of the stale form, for those of the "
         f"exact one; time is CPU time relative to it (torch {torch.__version__}, {torch.get_num_threads()} thread). "
-        "`merge` is measured against the sum of differences: what one run a step is without reuse.\n",
+        "`merge` is measured against the sum of differences: what one run a step is without reuse; so is the exact "
+        "sum at another strength: what so small an error in every step leads to.\n",
     ]
     for part, title in (("test", "LoRAs of the test split, default settings"), ("train", "LoRAs of the train split"),
                         ("tune", "Settings, on the train split")):  # fmt: skip
@@ -142,6 +146,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--samplers", nargs="+", default=["DPM++", "Euler"])
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 1], help="1 also draws merge, to compare")
+    parser.add_argument("--near", type=float, nargs="*", default=[], help="also the exact sum at this strength")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--journal", type=Path, default=ROOT / "docs" / "world" / "stale.jsonl")
     asked = parser.parse_args()
@@ -153,6 +158,7 @@ def main() -> None:
     runs = [(m, {"rows": r, **own}) for m in EXACT for r in asked.rows for own in grid]
     if 1 in asked.rows:
         runs.append(("merge", {}))
+    runs += [("sum_of_differences", {"strength": s}) for s in asked.near]
     for index, (prompt, chosen) in enumerate(prompts(split, asked.prompts)):
         for name in asked.samplers:
             measure(pipe, journal, "tune" if asked.tune else split, prompt, chosen, SEED + index, name, runs)

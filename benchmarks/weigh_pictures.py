@@ -191,7 +191,7 @@ def against(cells, names, base):
             print(f"\n{name} less {base}: {mean:+.2f} ({low:+.2f} to {high:+.2f}, over the sets); set by set {each}.")
 
 
-def main():
+def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("journal", type=Path)
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
@@ -202,7 +202,11 @@ def main():
                "zip-steps": 100, "batch": CHUNK, "part": 1, "parts": 1}  # fmt: skip
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = options().parse_args()
     if not args.table:
         bench = Bench(args.journal, args.journal.parent, steps=args.steps, device=args.device, batch=args.batch)
         for chosen, count in shared_out(map(int, args.k.split(",")), args):

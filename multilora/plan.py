@@ -2,13 +2,34 @@
 
 A plan may also carry `plan.combine(outputs, moment) -> prediction`, which replaces the weighted mean of the passes;
 `outputs` is the list of the passes' predictions in order; and `plan.explains() -> str`, a line on what it has chosen.
+Where a recipe is made again, `explained_before()` is the line that was said when it was made: a method that chooses
+takes what it took then, so that the picture is the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+_BEFORE: ContextVar[str] = ContextVar("explained_before", default="")
+
+
+def explained_before() -> str:
+    """What `plan.explains()` said when the recipe that is being made again was made; "" for a new picture."""
+    return _BEFORE.get()
+
+
+@contextlib.contextmanager
+def as_explained(line: str) -> Iterator[None]:
+    """For the length of the block, methods that choose take what this line says, as far as they can read it."""
+    token = _BEFORE.set(line)
+    try:
+        yield
+    finally:
+        _BEFORE.reset(token)
 
 
 @dataclass(frozen=True)

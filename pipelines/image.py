@@ -30,6 +30,7 @@ from multilora.pipelines.pictures import read_pictures, same_pictures
 from multilora.pipelines.preview import preview as latent_preview
 from multilora.pipelines.running import counted, fixed_randomness, fresh_scheduler, plain_latents
 from multilora.pipelines.shelf import asked_for, remade, served
+from multilora.plan import as_explained
 from multilora.recipe import LoraUse, Recipe, Resolved
 
 __all__ = ["Cancelled", "Composed", "Composer", "composing"]
@@ -337,7 +338,7 @@ class Composer:
             raise ValueError(f"this recipe is for ControlNet {recipe.controlnet!r}, this composer holds {mine}")
         inputs = same_pictures(recipe.pictures, pictures or {})
         resolved = recipe.resolved
-        with remade(self, recipe) as again:
+        with remade(self, recipe) as again, as_explained(resolved.choice if resolved else ""):
             out = again(
                 recipe.prompt,
                 recipe.negative_prompt,

@@ -70,6 +70,23 @@ def test_a_choice_costs_more_only_where_reviewers_saw_more(tmp_path):
     assert (dear["method"], dear["rows"], dear["shown"]) == ("loratorio", 4, 0.9)
 
 
+def test_a_choice_is_by_the_pictures_of_one_lora_more_and_fewer_too(tmp_path):
+    journal = Journal(tmp_path / "better.jsonl")
+    for k in (2, 3, 4):
+        line(journal, "guided_merge@1", k, 9, place=f"{k}")
+        line(journal, "merge@1", k, 9, place=f"{k}")
+    arms = ("merge@0.8", "guided_merge@0.8", "guided_merge@0.6")
+    seen = {"2": (16, 15, 14), "3": (18, 27, 28), "4": (20, 35, 33)}
+    review = {k: {a: [10 * int(k), n, 0, 10] for a, n in zip(arms, own, strict=True)} for k, own in seen.items()}
+    found = {k: [(c["method"], c["weight"], c["merge"]) for c in own]
+             for k, own in better.choices(journal, review).items()}  # fmt: skip
+    # At 2 Merge showed most itself, at 2 and 3 together less; at 3, 77 of 90 against 75.
+    assert found["2"] == [("guided_merge", 0.8, 0.8)]
+    assert found["3"] == [("guided_merge", 0.8, 0.6)]
+    same = {"3": {"guided_merge@0.6": [30, 20, 0, 10], "guided_merge@0.8": [30, 20, 0, 10], "merge@1": [30, 9, 0, 10]}}
+    assert better.choices(journal, same)["3"][0]["weight"] == 0.8, "of equals the weights nearest the user's"
+
+
 def test_the_shipped_choices_are_those_of_the_kept_review():
     review = json.loads(better.REVIEW.read_text())
     told = json.loads(better.AUTO.read_text())["choices"]

@@ -1,6 +1,7 @@
 """Auto: what it chooses for a number of LoRAs and a budget, that it draws just that, and that it says so."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from tests import families, scene, tiny, tiny_text
 
 
 def rows(*settings):
-    return [{"method": m, "weight": w, "options": o, "rows": r, "shown": s, "merge": 0.5, "pictures": 12}
+    return [{"method": m, "weight": w, "options": o, "rows": r, "shown": s, "merge": 0.5, "merge_weight": 0.8,
+             "pictures": 12}
             for m, w, o, r, s in settings]  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def test_it_draws_what_it_has_chosen_and_says_so(known, budget, method, factor, 
         assert scene.apart(make(pipe), ours) > 0.01
     assert conductor.explains.startswith(method)
     assert "of 2 LoRAs" in conductor.explains
-    assert "with merge at weight 1 50%" in conductor.explains
+    assert "with merge, weights x 0.8, 50%" in conductor.explains
 
 
 def test_without_guidance_it_is_merge(known):
@@ -116,6 +118,47 @@ def test_the_recipe_tells_the_choice():
     assert recipe.method == "auto"
     assert recipe.resolved.choice.startswith("guided_merge")
     assert type(recipe).model_validate_json(recipe.json).resolved.choice == recipe.resolved.choice
+
+
+@pytest.mark.parametrize("line", ["guided_merge, boost=2.0, weights x 0.65: in 9 pictures ..", "merge: no guidance",
+                                  "composite: shown", "arrow, top_k=1, weights x 1.5: shown"])  # fmt: skip
+def test_a_line_says_what_was_chosen(line):
+    name, *parts = line.partition(":")[0].split(", ")
+    told = home.read(line)
+    assert told["method"] == name
+    assert told["weight"] == next((float(p[len(home.WEIGHTS) :]) for p in parts if home.WEIGHTS in p), 1.0)
+    assert [f"{n}={v}" for n, v in told["options"].items()] == [p for p in parts if home.WEIGHTS not in p]
+    assert told["rows"] == (2.0 if name == "composite" else 1.0)
+
+
+@pytest.mark.parametrize("line", ["", "auto: again", "no_such: x", "arrow, tok=2: x", "merge, weights x many: x"])
+def test_a_line_that_says_nothing_is_no_choice(line):
+    assert home.read(line) is None
+
+
+def test_a_recipe_is_made_again_with_what_was_chosen_then(known):
+    from multilora.pipelines.image import Composer
+
+    composer = Composer(tiny.sd15())
+    for i, lora in enumerate(scene.loras(composer.pipe)):
+        composer.add(lora, name=f"lora{i}", weight=2.0)
+    call = {"method": "auto", "num_inference_steps": 3, "guidance_scale": 4.0, "height": 32, "width": 32, "seed": 3}
+    made = composer("a fox", **call)
+    assert made.recipe.resolved.choice.startswith("guided_merge, boost=")
+    for k in known:
+        known[k] = rows(("composite", 1.0, {}, 1.0, 0.9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = composer.compose(made.recipe)
+    assert again.recipe.resolved.choice == made.recipe.resolved.choice
+    assert again.images[0].tobytes() == made.images[0].tobytes()
+    new = composer("a fox", **call)
+    assert new.recipe.resolved.choice.startswith("composite"), "a picture that is no repetition is chosen for anew"
+    assert new.images[0].tobytes() != made.images[0].tobytes()
+
+    odd = made.recipe.resolved.model_copy(update={"choice": "some other program's words"})
+    with pytest.warns(UserWarning, match=r"chose otherwise.*some other program's words.*composite"):
+        composer.compose(made.recipe.model_copy(update={"resolved": odd}))
 
 
 @pytest.mark.parametrize("method", ["auto", "guided_merge"])

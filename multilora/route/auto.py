@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from multilora.method import Opt, method, resolve
-from multilora.plan import Moment, Pass
+from multilora.method import Opt, method, methods, resolve
+from multilora.plan import Moment, Pass, explained_before
 from multilora.route.merge import merge
+
+WEIGHTS = "weights x "
 
 
 @method(
@@ -31,13 +33,16 @@ def auto(
 
     Where one LoRA acts, and in pictures without guidance, which the choices were measured with, merge at the users'
     weights. A larger budget changes something only where the table has a setting that showed more for it.
-    `plan.explains()` says in a line what was chosen and what for.
+    `plan.explains()` says in a line what was chosen and what for; a recipe that keeps the line is made again with what
+    it says, whatever would be chosen now.
     """
     k = len(loras)
-    found = choice(k, budget)
+    before = read(explained_before())
+    said = explained_before() if before else ""
+    found = before or choice(k, budget)
     plain = merge(loras)
-    if found is None:
-        said = f"merge: there is nothing to choose for {k} LoRA{'s' * (k != 1)}"
+    if found is None or (before and (before["method"], before["weight"]) == ("merge", 1.0)):
+        said = said or f"merge: there is nothing to choose for {k} LoRA{'s' * (k != 1)}"
         return explained(plain, lambda: said)
     chosen = resolve("route", found["method"], **found["options"])(loras)
     guided: list[bool] = []  # decided by the first call of a picture
@@ -55,7 +60,9 @@ def auto(
 
     if getattr(chosen, "combine", None) is not None:
         plan.combine = combine
-    return explained(plan, lambda: says(found, k) if guided[:1] != [False] else "merge: there is no guidance")
+    return explained(
+        plan, lambda: said or (says(found, k) if guided[:1] != [False] else "merge: there is no guidance")
+    )
 
 
 def explained(plan: Any, line: Any) -> Any:
@@ -70,27 +77,48 @@ def weighed(moment: Moment, factor: float) -> Moment:
 def choice(k: int, budget: float) -> dict[str, Any] | None:
     """The setting for k LoRAs that showed most at `budget` runs a step; None for one LoRA.
 
-    Keys: method, weight, options, rows, shown, merge (what Merge at weight 1 showed), pictures, k. More LoRAs than
-    were measured have those of the most that were. A budget below the cheapest takes the cheapest.
+    Keys: method, weight, options, rows, shown, merge and merge_weight (what Merge showed at the best of its weights),
+    pictures, k. More LoRAs than were measured have those of the most that were. A budget below the cheapest takes the
+    cheapest.
     """
     known = table()
     if k < 2:
         return None
     measured = min(k, max(known))
     payable = [c for c in known[measured] if c["rows"] <= budget + 0.05] or known[measured][:1]
-    return {**max(payable, key=lambda c: c["shown"]), "k": measured}
+    return {**payable[-1], "k": measured}  # each showed more than those before it
 
 
 def says(found: dict[str, Any], k: int) -> str:
-    """Such as "arrow, weights x 1.5: reviewers saw 70% of 4 LoRAs on .., with merge at weight 1 47%"."""
+    """Such as "arrow, weights x 1.5: in 20 pictures .. reviewers saw 70% of 4 LoRAs, with merge, weights x 1, 47%"."""
     options = "".join(f", {name}={value}" for name, value in found["options"].items())
-    weight = "" if found["weight"] == 1.0 else f", weights x {found['weight']:g}"
+    weight = "" if found["weight"] == 1.0 else f", {WEIGHTS}{found['weight']:g}"
     of = f"{found['k']}" if k == found["k"] else f"{found['k']} (the most that were measured)"
     seen, merged = f"{found['shown']:.0%}", f"{found['merge']:.0%}"
     return (
         f"{found['method']}{options}{weight}: in {found['pictures']} pictures of the embedded world's train split "
-        f"reviewers saw {seen} of {of} LoRAs, with merge at weight 1 {merged}"
+        f"reviewers saw {seen} of {of} LoRAs, with merge, weights x {found['merge_weight']:g}, {merged}"
     )
+
+
+def read(line: str) -> dict[str, Any] | None:
+    """method, weight, options and rows (1, or 2 for any more) of a line of `says`; None where it is none."""
+    name, *parts = line.partition(":")[0].split(", ")
+    if name not in methods("route") or name == "auto":
+        return None
+    weight, options = 1.0, {}
+    try:
+        for part in parts:
+            if part.startswith(WEIGHTS):
+                weight = float(part.removeprefix(WEIGHTS))
+            else:
+                option, _, value = part.partition("=")
+                options[option] = value
+        bound = resolve("route", name, **options)
+    except ValueError:  # written by somebody else: Composer says that the picture is another one
+        return None
+    rows = 1.0 if bound.record.cost == "1" else 2.0
+    return {"method": name, "weight": weight, "options": options, "rows": rows}
 
 
 @functools.cache

@@ -59,9 +59,9 @@ PLANS: dict[str, Plan] = {name: Plan() for name in DESIGNS} | {
     "corno": Plan(format="kohya"),
     "tessa": Plan(format="kohya"),
     "palma": replace(LEAN, format="kohya"),
-    "terra": Plan(format="peft"),
+    "terra": Plan(format="peft", strength=1.3),
     "merlo": replace(LEAN, text_encoder=True),
-    "sunno": LEAN,
+    "sunno": replace(LEAN, strength=1.5),
     "heto": LEAN,
     "hoku": LEAN,
     "lumi": LEAN,
@@ -175,13 +175,15 @@ def make_one(
 
 
 def strengthen(path: Path, plan: Plan) -> None:
-    """Multiply a trained file's update by the plan's strength, in place; its recipe stays with it."""
+    """Multiply a trained file's update, or a PEFT folder's, by the plan's strength, in place; its recipe stays."""
     lora = files.load(path)
-    with safe_open(path, "pt") as file:
+    with safe_open(path / "adapter_model.safetensors" if path.is_dir() else path, "pt") as file:
         recipe = file.metadata()["recipe"]
     scaled = Lora(lora * plan.strength, lora.card.replace(sha256=""))
-    stronger = path.with_name(f"{path.stem}.stronger.safetensors")
+    stronger = path.with_name(f"{path.stem}.stronger{path.suffix}")
     files.save(scaled, stronger, format=plan.format, dtype=torch.float16, metadata={"recipe": recipe})
+    if path.is_dir():
+        shutil.rmtree(path)
     stronger.replace(path)
 
 

@@ -7,6 +7,7 @@ picture i is the same for all methods.
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import time
@@ -155,6 +156,9 @@ def measure_eyes(bench: Bench, count: int) -> None:
     """Recogniser accuracy per head on held-out renders, and CLIP's top-1 of 32 captions."""
     from multilora.lab.world.eyes import clip_top1, recogniser_accuracy
 
+    held = json.loads((bench.assets / "recogniser_b.json").read_text()).get("held_back")
+    if held and "held_back/b" not in bench.journal:
+        bench.journal.add("held_back/b", designs=held)
     for name in ("a", "b"):
         key = f"eyes/{name}/{count}"
         if key not in bench.journal:
@@ -188,15 +192,16 @@ def measure_base(bench: Bench, count: int, batch: int = 10) -> None:
         bench.echo(f"report: base, {first + batch} of {count} pictures")
 
 
-def measure_alone(bench: Bench, count: int) -> None:
-    """Each LoRA alone: its design with its trigger at weight 1, and the same prompts and noise without the LoRA."""
+def measure_alone(bench: Bench, count: int, without: int) -> None:
+    """Each LoRA alone: `count` pictures of its design with its trigger at weight 1, `without` ones of the same stream
+    of prompts and noise without the LoRA."""
     for name in (n for n in DESIGNS if bench.lora(n).exists()):
-        for on in (True, False):
-            key = f"alone/{name}/{'on' if on else 'off'}/{count}"
+        for on, size in ((True, count), (False, without)):
+            key = f"alone/{name}/{'on' if on else 'off'}/{size}"
             if key in bench.journal:
                 continue
             found, asked = alone(
-                bench.pipe, name, bench.lora(name) if on else None, bench.recogniser(), count, stream="report",
+                bench.pipe, name, bench.lora(name) if on else None, bench.recogniser(), size, stream="report",
                 steps=bench.steps or STEPS,
             )  # fmt: skip
             bench.journal.add(key, name=name, on=on, found=found, asked=asked)
@@ -307,7 +312,8 @@ def measure(
     count: int = 100,
     renders: int = 2048,
     base_count: int = 200,
-    alone_count: int = 24,
+    alone_count: int = 80,
+    without_count: int = 400,
     study_count: int = 16,
     parts: Sequence[str] = PARTS,
     ks: Sequence[int] = (2, 3, 4, 5),
@@ -330,7 +336,7 @@ def measure(
     if "base" in parts:
         measure_base(bench, base_count)
     if "alone" in parts:
-        measure_alone(bench, alone_count)
+        measure_alone(bench, alone_count, without_count)
     if "composition" in parts:
         measure_composition(bench, count, ks)
     if "ablation" in parts:
@@ -351,7 +357,16 @@ def stage(out: Path, settings: Any, echo: Callable[[str], None]) -> None:
     """As multilora.lab.world.stages calls it: measure the assets in `out` and write their README."""
     from multilora.lab.world import tables
 
-    small = {"count": 4, "renders": 32, "base_count": 10, "alone_count": 2, "study_count": 4, "steps": 2, "ks": (2,)}
+    small = {
+        "count": 4,
+        "renders": 32,
+        "base_count": 10,
+        "alone_count": 2,
+        "without_count": 2,
+        "study_count": 4,
+        "steps": 2,
+        "ks": (2,),
+    }
     journal = measure(Path(out) / "assets", Path(out) / "report.jsonl", echo=echo,
                       **(small if settings.scenes < 1000 else {}))  # fmt: skip
     tables.write(journal, Path(out) / "assets" / "README.md")

@@ -51,6 +51,7 @@ STAGES = {
     "base": (_base, "data/, vae/ -> assets/base: text encoder and U-Net"),
     "polish": (_later("polish"), "assets/base, renders -> assets/base/vae: its decoder on the base's own latents"),
     "eyes": (_later("eyes"), "renders -> assets/clip, assets/recogniser_a and _b"),
+    "calibrate": (_later("calibrate"), "pictures without LoRAs -> assets/recogniser_b: fewer false alarms"),
     "loras": (_later("loras"), "forty pictures a design -> assets/loras"),
     "report": (_later("report"), "assets/ -> report.jsonl, assets/README.md"),
 }

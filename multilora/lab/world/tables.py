@@ -72,6 +72,20 @@ def alone_table(journal: Journal) -> str:
     return told
 
 
+def held_back_text(journal: Journal) -> str:
+    """A sentence on false alarms of recogniser B before its logits were lowered (multilora.lab.world.calibrate)."""
+    told = []
+    for name, one in (journal.lines.get("held_back/b") or {"designs": {}})["designs"].items():
+        if one["lower"]:
+            told.append(f"{name} in {one['alarms']} of {one['pictures']} (its logit is {one['lower']:g} lower now)")
+    if not told:
+        return "No design was held back."
+    return (
+        f"Before it was calibrated on pictures without LoRAs, of a stream that no table uses, B saw "
+        f"{', '.join(told)}; all others as seldom as it should, and they are as they were."
+    )
+
+
 def review_table(journal: Journal) -> str:
     entries = journal.of("review")
     if not entries:
@@ -135,6 +149,7 @@ def text(journal: Journal) -> str:
             base_table(journal),
             "### Each LoRA alone",
             alone_table(journal),
+            held_back_text(journal),
             "### What a reviewer sees who has not seen the prompts",
             "Generated pictures of the base and of each LoRA alone, shown without words (`multilora world review`). "
             "Left: the reviewer's word is the prompt's, where the prompt names the element. Right: recogniser B's "
