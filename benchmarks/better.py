@@ -101,7 +101,29 @@ def page(journal: Journal) -> str:
                 f"| {k} | {arm} | {c['found'] / c['asked']:.2f} ({low:.2f} to {high:.2f}) | "
                 f"{c['complete'] / c['pictures']:.2f} | {c['rows'] / c['pictures']:.2f} | {c['pictures']:.0f} |"
             )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *told_by_reviewers(json.loads(REVIEW.read_text(encoding="utf-8"))), ""])
+
+
+def told_by_reviewers(review: dict[str, dict[str, list[int]]]) -> list[str]:
+    """The review by which Auto's choices are made, as a table."""
+    arms = {arm: [review[k][arm] for k in review if arm in review[k]] for by in review.values() for arm in by}
+
+    def seen(cells: list[list[int]]) -> float:
+        return sum(c[1] for c in cells) / sum(c[0] for c in cells)
+
+    lines = [
+        "## What blind reviewers see\n",
+        "Other scenes of the train split's LoRAs, the same for all arms; the share of the designs asked for that "
+        "language models see which know neither prompts nor arms. Auto chooses by it.\n",
+        f"| arm | pictures | all, 95% | {' | '.join(f'k = {k}' for k in review)} |",
+        "|---" * (len(review) + 3) + "|",
+    ]
+    for arm, cells_ in sorted(arms.items(), key=lambda item: -seen(item[1])):
+        low, high = wilson(sum(c[1] for c in cells_), sum(c[0] for c in cells_))
+        each = " | ".join(f"{seen([review[k][arm]]):.2f}" if arm in review[k] else "" for k in review)
+        pictures = sum(c[3] for c in cells_)
+        lines.append(f"| {arm} | {pictures} | {seen(cells_):.2f} ({low:.2f} to {high:.2f}) | {each} |")
+    return lines
 
 
 def plain(name: str, weight: float, options: dict[str, Any]) -> str:
@@ -136,8 +158,9 @@ def reviewed(evaluation: Path, sealed: Path, answers: Path) -> dict[str, dict[st
 def choices(journal: Journal, review: dict[str, dict[str, list[int]]]) -> dict[str, list[dict[str, Any]]]:
     """k -> the reviewed arms of which each showed more than every one that costs no more, from cheap to dear.
 
-    By the reviewers' eyes, over the pictures of k LoRAs and of one more and one fewer, since a few pictures of one k
-    order little; of equals the one that showed more at k itself, then the one with weights nearer the user's.
+    By the reviewers' eyes, over the pictures of k LoRAs and of one more and one fewer (where all arms of k were
+    reviewed), since a few pictures of one k order little; of equals at one price the one that showed more at k itself,
+    then the one with weights nearer the user's.
     """
     rows = {
         (str(k), _unweighed(arm)): c["rows"] / c["pictures"]
@@ -147,27 +170,41 @@ def choices(journal: Journal, review: dict[str, dict[str, list[int]]]) -> dict[s
     }
     found: dict[str, list[dict[str, Any]]] = {}
     for k, arms in review.items():
-        near = [review[n] for n in (str(int(k) - 1), k, str(int(k) + 1)) if n in review]
+        near = [n for n in (str(int(k) - 1), k, str(int(k) + 1)) if n in review and arms.keys() <= review[n].keys()]
 
-        def shown(arm: str, near: list = near, own: dict = arms) -> tuple[float, float, float]:
-            seen = [by[arm] for by in near if arm in by]
-            pooled = sum(c[1] for c in seen) / sum(c[0] for c in seen)
-            return pooled, own[arm][1] / own[arm][0], -abs(read(arm)[1] - 1)
+        def shown(arm: str, near: list = near) -> float:
+            seen = [review[n][arm] for n in near]
+            return sum(c[1] for c in seen) / sum(c[0] for c in seen)
 
-        merge = max((arm for arm in arms if arm.startswith("merge@")), key=shown)
-        kept: list[dict[str, Any]] = []
-        most = (-1.0, 0.0, 0.0)
+        def order(arm: str, own: dict = arms, shown: Any = shown) -> tuple[float, float, float]:
+            return shown(arm), own[arm][1] / own[arm][0], -abs(read(arm)[1] - 1)
+
+        merge = max((arm for arm in arms if arm.startswith("merge@")), key=order)
         cost = {arm: round(rows[k, _unweighed(arm)], 2) for arm in arms}
-        for arm in sorted(arms, key=lambda a: (cost[a], *(-v for v in shown(a)))):
+        kept: list[dict[str, Any]] = []
+        most = -1.0
+        for arm in sorted(arms, key=lambda a: (cost[a], *(-v for v in order(a)))):
             if shown(arm) > most:
                 most = shown(arm)
                 name, weight, options = read(arm)
                 bound = resolve("route", name, **options)
                 kept.append({"method": name, "weight": weight, "options": {n: bound.options[n] for n in options},
-                             "rows": cost[arm], "shown": round(most[1], 3), "merge": round(shown(merge)[1], 3),
-                             "merge_weight": read(merge)[1], "pictures": arms[arm][3]})  # fmt: skip
+                             "rows": cost[arm], "shown": round(most, 3), "merge": round(shown(merge), 3),
+                             "merge_weight": read(merge)[1], "ks": [int(n) for n in near],
+                             "pictures": sum(review[n][arm][3] for n in near)})  # fmt: skip
         found[k] = kept
     return found
+
+
+def earlier(old: dict[str, Any], new: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What Auto once chose and does not choose any more, so that recipes of then can be made again."""
+
+    def bare(one: dict[str, Any]) -> dict[str, Any]:
+        return {name: one[name] for name in ("method", "weight", "options", "rows")}
+
+    now = [bare(one) for own in new.values() for one in own]
+    gone = [*old["earlier"], *(bare(one) for own in old["choices"].values() for one in own)]
+    return [one for i, one in enumerate(gone) if one not in now and one not in gone[:i]]
 
 
 def _unweighed(arm: str) -> str:
@@ -193,7 +230,9 @@ def main() -> None:
         if asked.review:
             REVIEW.write_text(json.dumps(reviewed(*asked.review), indent=1) + "\n")
         review = json.loads(REVIEW.read_text(encoding="utf-8"))
-        told = {"made by": "python benchmarks/better.py --auto", "choices": choices(Journal(asked.journal), review)}
+        new = choices(Journal(asked.journal), review)
+        gone = earlier(json.loads(AUTO.read_text(encoding="utf-8")), new)
+        told = {"made by": "python benchmarks/better.py --auto", "choices": new, "earlier": gone}
         AUTO.write_text(json.dumps(told, indent=1) + "\n")
         return
     if not asked.table:

@@ -13,7 +13,7 @@ gates, ZipLoRA and Gram matrices made anew.
 
 Quality is the kernel distance of multilora.lab.evaluate.quality between a cell's pictures and real renders of the
 scenes asked for; a cell's features lie in the work folder until all of them are there. Seconds are of pictures drawn
-on a CPU; `--seconds` times those that only another device drew.
+on a CPU; `--seconds` times those of this benchmark's own that only another device drew.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def gathered(journal: Journal) -> dict[int, dict[str, dict[str, dict[str, Any]]]
 def again(board: Board, chosen: Sequence[str], count: int) -> None:
     """Draw a set's cells of the benchmarks beside this one, for their features; what is counted goes nowhere else."""
     kept, board.journal = board.journal, Journal(board.work / "again.jsonl")
-    board.journal.lines |= {e["key"]: e for e in Journal(WORLD / BESIDE[1]).of("weights")}
+    board.journal.lines |= {e["key"]: e for e in Journal(kept.path.with_name(BESIDE[1])).of("weights")}
     try:
-        measure_set(board, chosen, count, WAYS)
+        measure_set(board, chosen, count, WAYS, masked=0)
         weigh_pictures.measure(board, chosen, weigh_pictures.options().parse_args([str(board.journal.path)]), count)
     finally:
         board.journal = kept
@@ -155,7 +155,7 @@ def time_pictures(board: Board, k: int, arms: Iterable[str]) -> None:
     drawn = by_k(board.journal).get(k, {})
     chosen = even_sets("test", k, 1)[0]
     for arm in arms:
-        known = any(e.get("device") == "CPU" for e in drawn.get(arm, {}).values())
+        known = any(e.get("device", "CPU") == "CPU" for e in drawn.get(arm, {}).values())
         if not known and f"seconds/{arm}/{k}" not in board.journal:
             name, weight, options = drawn_with(board, arm, chosen)
             texts = [caption(composed_scene(chosen, i), 1) for i in range(CHUNK)]
@@ -303,6 +303,8 @@ def main() -> None:
         kept = json.loads(REVIEWS.read_text(encoding="utf-8")) if REVIEWS.is_file() else {}
         REVIEWS.write_text(json.dumps({**kept, name: reviewed(*map(Path, files))}, indent=1) + "\n")
     elif not args.table:
+        if args.seconds and args.device != "cpu":
+            raise SystemExit(f"--seconds are CPU seconds, not of --device {args.device}")
         chosen = settings(Journal(WORLD / "better.jsonl"))
         board = Board(args.journal, args.work, device=args.device, batch=args.batch)
         for k in map(int, args.k.split(",")):

@@ -364,7 +364,8 @@ class Composer:
                 passes_per_call=resolved.passes_per_call if resolved else None,
                 **callbacks,
             )
-        if resolved and out.recipe.resolved and resolved.choice != out.recipe.resolved.choice:
+        then, now = ((r.choice if r else "").partition(":")[0] for r in (resolved, out.recipe.resolved))
+        if resolved and then != now:
             warnings.warn(
                 f"method {recipe.method!r} chose otherwise when this recipe was made: then {resolved.choice!r}, now "
                 f"{out.recipe.resolved.choice!r}. The picture is another one.",

@@ -272,8 +272,9 @@ def test_bad_words_are_refused_before_a_picture_is_drawn(capsys, tmp_path, monke
 
 def test_a_dry_run_says_how_much_it_is(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, _, err = call(capsys, "eval", "--methods", "all", "--dry-run")
+    status, _, err = call(capsys, "eval", "--methods", "all", "--dry-run", "--clip", "nobody/has-this")
     assert status == 0
+    assert "CLIP score: nobody/has-this" in err, "named, and not loaded"
     assert f"{len(evaluation.training_free()) * 400} pictures" in err
     assert not list(tmp_path.iterdir())
 

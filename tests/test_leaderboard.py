@@ -78,13 +78,35 @@ def test_a_choice_is_by_the_pictures_of_one_lora_more_and_fewer_too(tmp_path):
     arms = ("merge@0.8", "guided_merge@0.8", "guided_merge@0.6")
     seen = {"2": (16, 15, 14), "3": (18, 27, 28), "4": (20, 35, 33)}
     review = {k: {a: [10 * int(k), n, 0, 10] for a, n in zip(arms, own, strict=True)} for k, own in seen.items()}
-    found = {k: [(c["method"], c["weight"], c["merge"]) for c in own]
+    found = {k: [(c["method"], c["weight"], c["shown"], c["merge"], c["ks"], c["pictures"]) for c in own]
              for k, own in better.choices(journal, review).items()}  # fmt: skip
     # At 2 Merge showed most itself, at 2 and 3 together less; at 3, 77 of 90 against 75.
-    assert found["2"] == [("guided_merge", 0.8, 0.8)]
-    assert found["3"] == [("guided_merge", 0.8, 0.6)]
+    assert found["2"] == [("guided_merge", 0.8, 0.84, 0.68, [2, 3], 20)]
+    assert found["3"] == [("guided_merge", 0.8, 0.856, 0.6, [2, 3, 4], 30)]
     same = {"3": {"guided_merge@0.6": [30, 20, 0, 10], "guided_merge@0.8": [30, 20, 0, 10], "merge@1": [30, 9, 0, 10]}}
     assert better.choices(journal, same)["3"][0]["weight"] == 0.8, "of equals the weights nearest the user's"
+    easy = {**same, "2": {"merge@1": [20, 20, 0, 10]}}
+    (one,) = better.choices(journal, easy)["3"]
+    assert (one["method"], one["ks"]) == ("guided_merge", [3]), "pictures that only one arm has drawn say nothing"
+
+
+def test_a_dearer_setting_that_showed_as_much_is_no_choice(tmp_path):
+    journal = Journal(tmp_path / "better.jsonl")
+    line(journal, "merge@1", 3, 9)
+    line(journal, "guided_merge@1", 3, 9)
+    line(journal, "loratorio@1", 3, 9, rows=4.0)
+    review = {"3": {"merge@1": [30, 9, 0, 10], "guided_merge@0.8": [30, 20, 0, 10], "loratorio@1": [30, 20, 0, 10]}}
+    assert [c["method"] for c in better.choices(journal, review)["3"]] == ["guided_merge"]
+
+
+def test_what_is_chosen_no_more_is_kept_for_recipes_of_then():
+    def setting(weight, **more):
+        return {"method": "guided_merge", "weight": weight, "options": {}, "rows": 1.0, **more}
+
+    old = {"choices": {"2": [setting(0.8, shown=0.9)], "3": [setting(0.7, shown=0.9)]}, "earlier": [setting(0.5)]}
+    new = {"2": [setting(0.8, shown=0.8)], "3": [setting(0.6, shown=0.8)]}
+    assert better.earlier(old, new) == [setting(0.5), setting(0.7)]
+    assert better.earlier({**old, "earlier": []}, old["choices"]) == []
 
 
 def test_the_shipped_choices_are_those_of_the_kept_review():
@@ -106,6 +128,24 @@ def test_gains_are_of_the_same_pictures(tmp_path):
     assert "| guided_merge@1 | 300 | 0.63" in text
     assert "| **merge, weight 1, the grid's best by B** | 200 | 0.55" in text
     assert "switch" not in text
+
+
+def test_seconds_are_those_of_a_cpu(tmp_path):
+    journal = Journal(tmp_path / "leaderboard.jsonl")
+    for arm, device in (("guided_merge@1", "CPU"), ("arrow@1", "NVIDIA")):
+        line(journal, arm, 2, 300, 200)
+        (entry,) = [e for e in journal.of("picture") if e["cell"] == arm]
+        journal.lines[entry["key"]]["device"] = device
+
+    def seconds(arm):
+        row = next(r for r in leaderboard.page(journal).splitlines() if r.startswith(f"| {arm} |"))
+        return row.split("|")[-2].strip()
+
+    assert (seconds("guided_merge@1"), seconds("arrow@1")) == ("0.50", "")
+    journal.add("seconds/arrow@1/2", cell="arrow@1", k=2, seconds=0.77)
+    journal.add("seconds/arrow@1/3", cell="arrow@1", k=3, seconds=0.99)
+    journal.add("seconds/guided_merge@1/2", cell="guided_merge@1", k=2, seconds=0.99)
+    assert (seconds("guided_merge@1"), seconds("arrow@1")) == ("0.50", "0.77")
 
 
 def test_the_tables_are_those_of_their_journals():

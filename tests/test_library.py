@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,22 +87,26 @@ def test_a_plan_may_say_how_many_pictures_of_each_style_it_trains_on():
     assert [s for s in stream if s in scenes] == scenes  # no scene twice, all from the training stream, in its order
 
 
-def test_a_plan_may_strengthen_what_was_trained(tmp_path):
-    name = next(n for n, plan in loras.PLANS.items() if plan.format == "diffusers" and plan.strength == 1.0)
-    path = shutil.copy(library()[name]["path"], tmp_path / "x.safetensors")
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+def test_a_plan_may_strengthen_what_was_trained(tmp_path, format):
+    name = next(n for n, plan in loras.PLANS.items() if plan.format == format)
+    shipped = Path(library()[name]["path"])
+    path = (shutil.copytree if shipped.is_dir() else shutil.copy)(shipped, tmp_path / f"x{shipped.suffix}")
+    weights, own = (p / "adapter_model.safetensors" if p.is_dir() else p for p in (path, shipped))
     before = files.load(path)
     loras.strengthen(path, replace(loras.PLANS[name], strength=1.25))
     after = files.load(path)
     assert after.norm() == pytest.approx(1.25 * before.norm(), rel=1e-3)
     assert (after.card.name, after.card.triggers) == (before.card.name, before.card.triggers)
-    with safe_open(path, "pt") as file, safe_open(library()[name]["path"], "pt") as own:
-        assert file.metadata()["recipe"] == own.metadata()["recipe"]
-    assert {t.dtype for t in load_file(path).values()} == {torch.float16}
+    with safe_open(weights, "pt") as file, safe_open(own, "pt") as its:
+        assert file.metadata()["recipe"] == its.metadata()["recipe"]
+    assert {t.dtype for t in load_file(weights).values()} == {torch.float16}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_training_and_judging_scenes_differ():
     a = {loras.stream_scene("zib", "train", i).seed for i in range(100)}
-    b = {loras.stream_scene("zib", s, i).seed for i in range(100) for s in ("judge", "report")}
+    b = {loras.stream_scene("zib", s, i).seed for i in range(100) for s in ("judge", "report", "calibrate")}
     assert not a & b
 
 
@@ -132,5 +137,5 @@ def test_smoke_run_of_every_stage(tmp_path):
     assert {e["name"] for e in json.loads((made / "loras" / "library.json").read_text())["loras"]} == {"pandu", "raio"}
     assert "Composition on the test split" in (made / "README.md").read_text()
     before = {p: p.stat().st_mtime_ns for p in (made / "loras").glob("*.safetensors")}
-    stages.train(tmp_path, stages=["eyes", "loras", "report"], smoke=True, echo=lines.append)
+    stages.train(tmp_path, stages=["eyes", "calibrate", "loras", "report"], smoke=True, echo=lines.append)
     assert {p: p.stat().st_mtime_ns for p in before} == before

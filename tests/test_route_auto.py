@@ -16,7 +16,7 @@ from tests import families, scene, tiny, tiny_text
 
 def rows(*settings):
     return [{"method": m, "weight": w, "options": o, "rows": r, "shown": s, "merge": 0.5, "merge_weight": 0.8,
-             "pictures": 12}
+             "ks": [2, 3], "pictures": 12}
             for m, w, o, r, s in settings]  # fmt: skip
 
 
@@ -32,7 +32,6 @@ def known(monkeypatch):
 
 
 def test_the_shipped_table_has_settings_that_earn_their_price():
-    home.table.cache_clear()
     assert set(home.table()) == {2, 3, 4, 5}
     for found in home.table().values():
         assert found[0]["rows"] == 1.0
@@ -66,7 +65,7 @@ def test_it_draws_what_it_has_chosen_and_says_so(known, budget, method, factor, 
     with composing(pipe, loras, "merge", weights=families.WEIGHTS):
         assert scene.apart(make(pipe), ours) > 0.01
     assert conductor.explains.startswith(method)
-    assert "of 2 LoRAs" in conductor.explains
+    assert "of 2 to 3 LoRAs" in conductor.explains
     assert "with merge, weights x 0.8, 50%" in conductor.explains
 
 
@@ -120,23 +119,25 @@ def test_the_recipe_tells_the_choice():
     assert type(recipe).model_validate_json(recipe.json).resolved.choice == recipe.resolved.choice
 
 
-@pytest.mark.parametrize("line", ["guided_merge, boost=2.0, weights x 0.65: in 9 pictures ..", "merge: no guidance",
-                                  "composite: shown", "arrow, top_k=1, weights x 1.5: shown"])  # fmt: skip
-def test_a_line_says_what_was_chosen(line):
-    name, *parts = line.partition(":")[0].split(", ")
-    told = home.read(line)
-    assert told["method"] == name
-    assert told["weight"] == next((float(p[len(home.WEIGHTS) :]) for p in parts if home.WEIGHTS in p), 1.0)
-    assert [f"{n}={v}" for n, v in told["options"].items()] == [p for p in parts if home.WEIGHTS not in p]
-    assert told["rows"] == (2.0 if name == "composite" else 1.0)
+@pytest.mark.parametrize(
+    "line",
+    ["", "auto: x", "guided_merge, weights x 1000: x", "guided_merge, weights x nan: x", "merge: there is no guidance",
+     "mole, gate=/etc/passwd: x", "merge, kind=x: y", "loratorio: x", "guided_merge, boost=3.0, weights x 0.8 : x"],
+)  # fmt: skip
+def test_words_that_name_no_known_setting_choose_nothing(known, line):
+    assert home.chosen_before(line) is None
 
 
-@pytest.mark.parametrize("line", ["", "auto: again", "no_such: x", "arrow, tok=2: x", "merge, weights x many: x"])
-def test_a_line_that_says_nothing_is_no_choice(line):
-    assert home.read(line) is None
+def test_a_setting_of_the_table_or_of_an_earlier_one_is_known_by_its_words(known, monkeypatch):
+    gone = {"method": "arrow", "weight": 1.5, "options": {"top_k": 2}, "rows": 1.0}
+    monkeypatch.setattr(home, "earlier", lambda: [gone])
+    assert home.chosen_before("arrow, top_k=2, weights x 1.5: whatever follows") is gone
+    for found in known.values():
+        for one in found:
+            assert home.named(home.chosen_before(f"{home.named(one)}: x")) == home.named(one)
 
 
-def test_a_recipe_is_made_again_with_what_was_chosen_then(known):
+def test_a_recipe_is_made_again_with_what_was_chosen_then(known, monkeypatch):
     from multilora.pipelines.image import Composer
 
     composer = Composer(tiny.sd15())
@@ -145,17 +146,22 @@ def test_a_recipe_is_made_again_with_what_was_chosen_then(known):
     call = {"method": "auto", "num_inference_steps": 3, "guidance_scale": 4.0, "height": 32, "width": 32, "seed": 3}
     made = composer("a fox", **call)
     assert made.recipe.resolved.choice.startswith("guided_merge, boost=")
+    gone = [one for found in known.values() for one in found]
+    monkeypatch.setattr(home, "earlier", lambda: gone)
     for k in known:
         known[k] = rows(("composite", 1.0, {}, 1.0, 0.9))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = composer.compose(made.recipe)
-    assert again.recipe.resolved.choice == made.recipe.resolved.choice
+    assert again.recipe.resolved.choice == f"{home.named(gone[0])}: as when this recipe was made"
+    assert composer.compose(again.recipe).recipe.resolved.choice == again.recipe.resolved.choice
     assert again.images[0].tobytes() == made.images[0].tobytes()
     new = composer("a fox", **call)
     assert new.recipe.resolved.choice.startswith("composite"), "a picture that is no repetition is chosen for anew"
     assert new.images[0].tobytes() != made.images[0].tobytes()
 
+    without = composer.compose(made.recipe.model_copy(update={"guidance_scale": 1.0}))
+    assert without.recipe.resolved.choice == "merge: there is no guidance"
     odd = made.recipe.resolved.model_copy(update={"choice": "some other program's words"})
     with pytest.warns(UserWarning, match=r"chose otherwise.*some other program's words.*composite"):
         composer.compose(made.recipe.model_copy(update={"resolved": odd}))

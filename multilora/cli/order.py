@@ -217,6 +217,8 @@ def _changed(recipe: Recipe, changes: dict[str, Any], method: str | None, option
         if name != recipe.method:
             fields["resolved"] = None  # form and batching suited the other method
         fields["options"] = {n: v if n in given else kept.get(n, v) for n, v in bound.options.items()}
+    if fields["resolved"] and (options or changes.keys() - {"seed", "images"}):
+        fields["resolved"]["choice"] = ""  # another request: a method that chooses does so anew
     return Recipe.checked({**fields, **changes}, "changed recipe")
 
 

@@ -11,11 +11,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from multilora.method import Opt, method, methods, resolve
+from multilora.method import Opt, method, resolve
 from multilora.plan import Moment, Pass, explained_before
 from multilora.route.merge import merge
-
-WEIGHTS = "weights x "
 
 
 @method(
@@ -33,16 +31,15 @@ def auto(
 
     Where one LoRA acts, and in pictures without guidance, which the choices were measured with, merge at the users'
     weights. A larger budget changes something only where the table has a setting that showed more for it.
-    `plan.explains()` says in a line what was chosen and what for; a recipe that keeps the line is made again with what
-    it says, whatever would be chosen now.
+    `plan.explains()` says in a line what was chosen and what for; a recipe that keeps the line is made again with the
+    setting that it names, whatever would be chosen now.
     """
     k = len(loras)
-    before = read(explained_before())
-    said = explained_before() if before else ""
+    before = chosen_before(explained_before())
     found = before or choice(k, budget)
     plain = merge(loras)
-    if found is None or (before and (before["method"], before["weight"]) == ("merge", 1.0)):
-        said = said or f"merge: there is nothing to choose for {k} LoRA{'s' * (k != 1)}"
+    if found is None:
+        said = f"merge: there is nothing to choose for {k} LoRA{'s' * (k != 1)}"
         return explained(plain, lambda: said)
     chosen = resolve("route", found["method"], **found["options"])(loras)
     guided: list[bool] = []  # decided by the first call of a picture
@@ -60,9 +57,8 @@ def auto(
 
     if getattr(chosen, "combine", None) is not None:
         plan.combine = combine
-    return explained(
-        plan, lambda: said or (says(found, k) if guided[:1] != [False] else "merge: there is no guidance")
-    )
+    line = f"{named(found)}: as when this recipe was made" if before else says(found, k)
+    return explained(plan, lambda: line if guided[:1] != [False] else "merge: there is no guidance")
 
 
 def explained(plan: Any, line: Any) -> Any:
@@ -77,9 +73,9 @@ def weighed(moment: Moment, factor: float) -> Moment:
 def choice(k: int, budget: float) -> dict[str, Any] | None:
     """The setting for k LoRAs that showed most at `budget` runs a step; None for one LoRA.
 
-    Keys: method, weight, options, rows, shown, merge and merge_weight (what Merge showed at the best of its weights),
-    pictures, k. More LoRAs than were measured have those of the most that were. A budget below the cheapest takes the
-    cheapest.
+    Keys: method, weight, options, rows; shown, over `pictures` pictures of `ks` LoRAs; merge and merge_weight, what
+    Merge showed in as many at the best of its weights; k. More LoRAs than were measured have those of the most that
+    were. A budget below the cheapest takes the cheapest.
     """
     known = table()
     if k < 2:
@@ -89,42 +85,45 @@ def choice(k: int, budget: float) -> dict[str, Any] | None:
     return {**payable[-1], "k": measured}  # each showed more than those before it
 
 
-def says(found: dict[str, Any], k: int) -> str:
-    """Such as "arrow, weights x 1.5: in 20 pictures .. reviewers saw 70% of 4 LoRAs, with merge, weights x 1, 47%"."""
+def named(found: dict[str, Any]) -> str:
+    """A setting in words, such as "arrow, top_k=2, weights x 1.5": a line of `says` up to its colon."""
     options = "".join(f", {name}={value}" for name, value in found["options"].items())
-    weight = "" if found["weight"] == 1.0 else f", {WEIGHTS}{found['weight']:g}"
-    of = f"{found['k']}" if k == found["k"] else f"{found['k']} (the most that were measured)"
-    seen, merged = f"{found['shown']:.0%}", f"{found['merge']:.0%}"
+    return f"{found['method']}{options}" + ("" if found["weight"] == 1.0 else f", weights x {found['weight']:g}")
+
+
+def says(found: dict[str, Any], k: int) -> str:
+    """Such as "arrow, weights x 1.5: in 60 pictures of 3 to 5 LoRAs .. reviewers saw 70% of them, with merge 47%"."""
+    of = f"{found['ks'][0]} to {found['ks'][-1]} LoRAs" + f" ({k} were not measured)" * (k != found["k"])
     return (
-        f"{found['method']}{options}{weight}: in {found['pictures']} pictures of the embedded world's train split "
-        f"reviewers saw {seen} of {of} LoRAs, with merge, weights x {found['merge_weight']:g}, {merged}"
+        f"{named(found)}: in {found['pictures']} pictures of {of}, train split of the embedded world, reviewers saw "
+        f"{found['shown']:.0%} of them, with merge, weights x {found['merge_weight']:g}, {found['merge']:.0%}"
     )
 
 
-def read(line: str) -> dict[str, Any] | None:
-    """method, weight, options and rows (1, or 2 for any more) of a line of `says`; None where it is none."""
-    name, *parts = line.partition(":")[0].split(", ")
-    if name not in methods("route") or name == "auto":
-        return None
-    weight, options = 1.0, {}
-    try:
-        for part in parts:
-            if part.startswith(WEIGHTS):
-                weight = float(part.removeprefix(WEIGHTS))
-            else:
-                option, _, value = part.partition("=")
-                options[option] = value
-        bound = resolve("route", name, **options)
-    except ValueError:  # written by somebody else: Composer says that the picture is another one
-        return None
-    rows = 1.0 if bound.record.cost == "1" else 2.0
-    return {"method": name, "weight": weight, "options": options, "rows": rows}
+def chosen_before(line: str) -> dict[str, Any] | None:
+    """The setting that a line of `says` names, of those that are or ever were in the table; None for any other line.
+
+    A recipe may come from anybody: its words choose among known settings and set nothing themselves.
+    """
+    told = line.partition(":")[0]
+    return next(
+        (one for one in [*earlier(), *(c for own in table().values() for c in own)] if named(one) == told), None
+    )
+
+
+def table() -> dict[int, list[dict[str, Any]]]:
+    """Number of LoRAs -> settings, from cheap to dear."""
+    return {int(k): rows for k, rows in _file()["choices"].items()}
+
+
+def earlier() -> list[dict[str, Any]]:
+    """Settings (method, weight, options, rows) that were in the table once and are not now."""
+    return _file()["earlier"]
 
 
 @functools.cache
-def table() -> dict[int, list[dict[str, Any]]]:
-    """Number of LoRAs -> settings, from cheap to dear."""
+def _file() -> dict[str, Any]:
     import multilora.assets
 
     path = Path(next(iter(multilora.assets.__path__))) / "auto.json"
-    return {int(k): rows for k, rows in json.loads(path.read_text(encoding="utf-8"))["choices"].items()}
+    return json.loads(path.read_text(encoding="utf-8"))

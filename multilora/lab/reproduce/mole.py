@@ -157,15 +157,16 @@ def shares_of(runs: Sequence[Any]) -> list[float] | None:
     return [round(v, 4) for v in torch.stack(means).mean(0).tolist()] if means else None
 
 
-def measure_set(bench: Bench, chosen: Sequence[str], count: int, ways: Sequence[str]) -> None:
-    """Every cell of one set; what the journal holds is not measured again."""
+def measure_set(bench: Bench, chosen: Sequence[str], count: int, ways: Sequence[str], masked: int = 2) -> None:
+    """Every cell of one set, with `masked` LoRAs at most masked out in turn; what the journal holds is not measured
+    again."""
     k, loras = len(chosen), [bench.lora(name) for name in chosen]
     bench.cell(BASE, chosen, count, [], [])
     for weight in GRID:
         bench.cell(f"merge, weight {weight:g}", chosen, count, loras, [weight] * k)
     bench.cell(SHARED, chosen, count, loras, [1 / k] * k)
     gated = [(f"mole, {way}", way, loras) for way in ways]
-    for i in range(1 if k < 3 else 2):
+    for i in range(min(masked, 1 if k < 3 else 2)):
         gated.append((f"mole, {ways[-1]}, LoRA {i + 1} masked out", ways[-1], loras[:i] + loras[i + 1 :]))
     for name, way, used in gated:
         if bench.left(name, chosen, count, str(bench.train_steps)):

@@ -3,13 +3,14 @@
 Recognisers learn from renders, where a named design and a generic thing of its class differ clearly. In pictures of
 the base they may not: its hat with one horn can read as the design with two. For every design, prompts with its
 trigger are drawn without any LoRA; where more than ALLOWED of the pictures read as the design, its bias in B is
-lowered by the least that mends it. Prompts and noise are a stream of their own, which no table uses. A is left as it
-is: what A chooses is judged by B.
+lowered by the least that mends it; pictures that it loses go to other labels, which is not measured again. The prompts
+are a stream of their own, which no table uses. A is left as it is: what A chooses is judged by B.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def margins(pipe: Any, name: str, recogniser: Any, count: int = COUNT, steps: in
     for first in range(0, count, BATCH):
         part = range(first, min(first + BATCH, count))
         texts = [caption(stream_scene(name, "calibrate", i), i) for i in part]
-        logs = recogniser.probabilities(pictures(pipe, texts, [10_000 + i for i in part], steps=steps))
-        others = logs[design.category].log()
+        shares = recogniser.probabilities(pictures(pipe, texts, [10_000 + i for i in part], steps=steps))
+        others = shares[design.category].clamp(min=1e-30).log()  # a share may have underflowed
         mine = others[:, own].clone()
         others[:, own] = -torch.inf
         found += (mine - others.amax(1)).tolist()
@@ -61,12 +62,15 @@ def hold_back(path: Path, found: Mapping[str, Sequence[float]], count: int = COU
     about = path.with_suffix(".json")
     facts, weights, done = json.loads(about.read_text()), load_file(path), {}
     for name, own in found.items():
-        fall = round(excess(own, int(ALLOWED * count)), 3)
+        fall = math.ceil(1000 * excess(own, int(ALLOWED * count))) / 1000
         done[name] = {"alarms": sum(m > 0 for m in own), "pictures": count, "lower": fall}
         head = DESIGNS[name].category
         weights[f"heads.{head}.bias"][facts["heads"][head].index(name)] -= fall
-    save_file(weights, path)
-    about.write_text(json.dumps({**facts, "held_back": done}, indent=1) + "\n")
+    new, told = path.with_suffix(".held.safetensors"), about.with_suffix(".held.json")
+    save_file(weights, new)
+    told.write_text(json.dumps({**facts, "held_back": done}, indent=1) + "\n")
+    new.replace(path)
+    told.replace(about)
     return done
 
 

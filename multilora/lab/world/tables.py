@@ -57,7 +57,8 @@ def alone_table(journal: Journal) -> str:
     for design in DESIGNS.values():
         entries = [e for e in journal.of("alone") if e["name"] == design.name]
         sums = {
-            on: (sum(e["found"] for e in entries if e["on"] == on), sum(e["asked"] for e in entries if e["on"] == on))
+            # of several counts the largest: the smaller ones are its first pictures
+            on: max(((e["found"], e["asked"]) for e in entries if e["on"] == on), key=lambda c: c[1], default=(0, 0))
             for on in (True, False)
         }
         rows.append([design.trigger, design.category, design.split, share(*sums[True]), share(*sums[False])])
@@ -66,23 +67,35 @@ def alone_table(journal: Journal) -> str:
         seen = {on: [there for with_it, there in one["labels"] if with_it == on] for on in (False, True)}
         without, given = (share(sum(labels), len(labels)) for labels in seen.values())
         told += (
-            f"\n\nThe pictures without {DESIGNS[one['name']].trigger} in which B sees it, among as many with it and "
-            f"without words: a reviewer finds it in {without}; with it in {given}."
+            f"\n\nThe pictures without {DESIGNS[one['name']].trigger} in which B saw it before it was calibrated, "
+            f"among as many with it and without words: a reviewer finds it in {without}; with it in {given}."
         )
     return told
 
 
 def held_back_text(journal: Journal) -> str:
     """A sentence on false alarms of recogniser B before its logits were lowered (multilora.lab.world.calibrate)."""
-    told = []
-    for name, one in (journal.lines.get("held_back/b") or {"designs": {}})["designs"].items():
-        if one["lower"]:
-            told.append(f"{name} in {one['alarms']} of {one['pictures']} (its logit is {one['lower']:g} lower now)")
+    designs = (journal.lines.get("held_back/b") or {"designs": {}})["designs"]
+    told = [
+        f"{name} in {one['alarms']} of {one['pictures']} (its logit is {one['lower']:g} lower now)"
+        for name, one in designs.items()
+        if one["lower"]
+    ]
     if not told:
         return "No design was held back."
+    most = max((one["alarms"] for one in designs.values() if not one["lower"]), default=0)
+    text = (
+        "Before it was calibrated on pictures without LoRAs, of prompts that no table uses, B saw "
+        f"{', '.join(told)}; every other design in at most {most}."
+    )
+    again = journal.lines.get("read_again/b")
+    if again is None:
+        return text
+    before, after, asked, cells = (again[name] for name in ("before", "after", "asked", "cells"))
     return (
-        f"Before it was calibrated on pictures without LoRAs, of a stream that no table uses, B saw "
-        f"{', '.join(told)}; all others as seldom as it should, and they are as they were."
+        f"{text} Tables of pictures drawn before that are as B read them then: of {asked} elements in {cells} cells "
+        f"of benchmarks/leaderboard.md it saw {before} then and sees {after} now, in no cell more than "
+        f"{again['most']:.1%} of them more or fewer."
     )
 
 
