@@ -22,6 +22,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ def page(journal: Journal) -> str:
             ])  # fmt: skip
         head = ["way", "pictures", "elements", "complete", "gain", "CLIP", "quality", "rows", "seconds"]
         floor = quality.get(RENDERS)
-        parts.append(f"## k = {k}\n\n{table(head, rows)}")
+        parts.append(f"## k = {k}\n\n{table(head, rows)}\n\n{drawn_on(cells)}")
         if floor:
             parts.append(f"Quality of {RENDERS}: {floor['value']:.0f} ({floor['low']:.0f} to {floor['high']:.0f}).")
     if REVIEWS.is_file():
@@ -238,6 +239,18 @@ def page(journal: Journal) -> str:
         )
         parts += reviews()
     return "\n\n".join(parts)
+
+
+def drawn_on(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The cells of which another device than a CPU drew some pictures, and which."""
+    found = {}
+    for name, own in cells.items():
+        for e in own.values():
+            if e.get("device", "CPU") != "CPU":
+                found.setdefault(e["device"], Counter())[name] += e["pictures"]
+    each = [f"{device}: " + ", ".join(f"{count} of {name}" for name, count in own.items())
+            for device, own in found.items()]  # fmt: skip
+    return f"Drawn on a CPU but for these pictures. {'; '.join(each)}." if each else "Drawn on a CPU."
 
 
 def compact(journal: Journal) -> str:

@@ -202,7 +202,7 @@ def board() -> str:
     from multilora.lab.journal import Journal
 
     told = (
-        "25 steps, guidance 3, the same prompts and noise for all; the last rows were not drawn for every k. Weight "
+        "25 steps, guidance 3, the same prompts and noise for all. Weight "
         "and options of a method for each k are those that showed most on the train split by another recogniser; "
         "Auto's are by reviewers; a gate, ZipLoRA and LoRAHub see the set of LoRAs beforehand. CLIP score, quality, "
         "seconds, paired intervals and what reviewers see: "
