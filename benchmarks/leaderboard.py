@@ -13,7 +13,7 @@ gates, ZipLoRA and Gram matrices made anew.
 
 Quality is the kernel distance of multilora.lab.evaluate.quality between a cell's pictures and real renders of the
 scenes asked for; a cell's features lie in the work folder until all of them are there. Seconds are of pictures drawn
-on a CPU; `--seconds` times those of this benchmark's own that only another device drew.
+on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import weigh_pictures
 from benchmarks.better import cells as trained
-from benchmarks.better import drawn_with, measure, reviewed
+from benchmarks.better import measure, reviewed
 from multilora.lab.evaluate.quality import OTHER, RENDERS, kernel_distance
 from multilora.lab.evaluate.statistics import wilson
 from multilora.lab.journal import Journal
@@ -49,12 +48,9 @@ from multilora.lab.reproduce.mole import (
     measure_set,
     shared_out,
 )  # fmt: skip
-from multilora.lab.world.caption import caption
-from multilora.lab.world.loras import pictures
 from multilora.lab.world.render import render
-from multilora.lab.world.report import GUIDANCE, composed_scene, even_sets
+from multilora.lab.world.report import GUIDANCE, composed_scene
 from multilora.lab.world.tables import table
-from multilora.method import resolve
 
 WORLD = Path(__file__).resolve().parents[1] / "docs" / "world"
 LEAST = 200  # pictures of a cell
@@ -151,22 +147,6 @@ def again(board: Board, chosen: Sequence[str], count: int) -> None:
         board.journal = kept
 
 
-def time_pictures(board: Board, k: int, arms: Iterable[str]) -> None:
-    """CPU seconds of one batch of CHUNK pictures, of the arms of which the CPU drew none."""
-    drawn = by_k(board.journal).get(k, {})
-    chosen = even_sets("test", k, 1)[0]
-    for arm in arms:
-        known = any(e.get("device", "CPU") == "CPU" for e in drawn.get(arm, {}).values())
-        if not known and f"seconds/{arm}/{k}" not in board.journal:
-            name, weight, options = drawn_with(board, arm, chosen)
-            texts = [caption(composed_scene(chosen, i), 1) for i in range(CHUNK)]
-            loras, method = [board.lora(n) for n in chosen], resolve("route", name, **options)
-            began = time.process_time()
-            pictures(board.pipe, texts, range(CHUNK), loras, method, steps=STEPS, weights=[weight] * k)
-            spent = round((time.process_time() - began) / CHUNK, 3)
-            board.journal.add(f"seconds/{arm}/{k}", cell=arm, k=k, seconds=spent)
-
-
 def seen(entries: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
     entries = list(entries)
     return sum(e["found"] for e in entries), sum(e["asked"] for e in entries)
@@ -213,9 +193,7 @@ def page(journal: Journal) -> str:
             entries = list(own.values())
             count = sum(e["pictures"] for e in entries)
             clip = [c for e in entries for c in e.get("clip", ())]
-            timed = [e for e in entries if "seconds" in e and e.get("device", "CPU") == "CPU"] or [
-                {**e, "pictures": CHUNK} for e in journal.of("seconds") if (e["k"], e["cell"]) == (k, name)
-            ]
+            timed = [e for e in entries if "seconds" in e and e.get("device", "CPU") == "CPU"]
             told = f"**{name}, the grid's best by B**" if name == best else name
             rows.append([
                 told, str(count), spread(*seen(entries)), spread(sum(e["complete"] for e in entries), count),
@@ -306,7 +284,6 @@ def main() -> None:
     parser.add_argument("--review", nargs=4, help="keep a blind review: NAME EVALUATION SEALED ANSWERS")
     parser.add_argument("--table", action="store_true", help="print what the journal holds, measure nothing")
     parser.add_argument("--again", action="store_true", help="also what other benchmarks drew, for its quality")
-    parser.add_argument("--seconds", action="store_true", help="only time what no CPU drew")
     parser.add_argument("--device", default="cpu")
     for name, default in (("sets", 6), ("pictures", 200), ("batch", CHUNK), ("part", 1), ("parts", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -316,15 +293,10 @@ def main() -> None:
         kept = json.loads(REVIEWS.read_text(encoding="utf-8")) if REVIEWS.is_file() else {}
         REVIEWS.write_text(json.dumps({**kept, name: reviewed(*map(Path, files))}, indent=1) + "\n")
     elif not args.table:
-        if args.seconds and args.device != "cpu":
-            raise SystemExit(f"--seconds are CPU seconds, not of --device {args.device}")
         chosen = settings(Journal(WORLD / "better.jsonl"))
         board = Board(args.journal, args.work, device=args.device, batch=args.batch)
         for k in map(int, args.k.split(",")):
             arms = {n: arm for n, arm in chosen[k].items() if not args.methods or n.partition(",")[0] in args.methods}
-            if args.seconds:
-                time_pictures(board, k, arms.values())
-                continue
             for one, count in shared_out([k], args):
                 measure(board, one, count, arms.values())
                 if args.again:

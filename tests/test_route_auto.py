@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +147,7 @@ def test_a_recipe_is_made_again_with_what_was_chosen_then(known, monkeypatch):
     call = {"method": "auto", "num_inference_steps": 3, "guidance_scale": 4.0, "height": 32, "width": 32, "seed": 3}
     made = composer("a fox", **call)
     assert made.recipe.resolved.choice.startswith("guided_merge, boost=")
+    assert composer.compose(made.recipe).recipe == made.recipe
     gone = [one for found in known.values() for one in found]
     monkeypatch.setattr(home, "earlier", lambda: gone)
     for k in known:
@@ -165,6 +167,27 @@ def test_a_recipe_is_made_again_with_what_was_chosen_then(known, monkeypatch):
     odd = made.recipe.resolved.model_copy(update={"choice": "some other program's words"})
     with pytest.warns(UserWarning, match=r"chose otherwise.*some other program's words.*composite"):
         composer.compose(made.recipe.model_copy(update={"resolved": odd}))
+
+
+def test_a_changed_recipe_is_chosen_for_anew(known):
+    from multilora.cli.order import _changed
+    from multilora.pipelines.image import Composer
+
+    composer = Composer(tiny.sd15())
+    for i, lora in enumerate(scene.loras(composer.pipe)):
+        composer.add(lora, name=f"lora{i}")
+    recipe = composer("a fox", method="auto", num_inference_steps=2, guidance_scale=4.0, height=32, width=32).recipe
+    assert recipe.resolved.choice
+    assert _changed(recipe, {"seed": 9}, None, []).resolved.choice == recipe.resolved.choice
+    assert _changed(recipe, {"guidance_scale": 2.0}, None, []).resolved.choice == ""
+    assert _changed(recipe, {}, None, ["budget=2"]).resolved.choice == ""
+
+
+def test_the_page_says_what_is_chosen():
+    text = " ".join((Path(__file__).parents[1] / "docs" / "ideas" / "guided_merge.md").read_text().split())
+    chosen = {k: [(one["method"], one["weight"]) for one in found] for k, found in home.table().items()}
+    assert chosen == {k: [("guided_merge", 0.8 if k < 5 else 0.65)] for k in (2, 3, 4, 5)}
+    assert "a guided Merge at the weights times .8, with five LoRAs and more times .65" in text
 
 
 @pytest.mark.parametrize("method", ["auto", "guided_merge"])

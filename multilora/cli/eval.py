@@ -86,14 +86,13 @@ def evaluation(
     quiet()
     embedded = plan.library.world and settings.base == "embedded"
     scorer = clip or ("embedded" if embedded else None)
-    if not dry_run:  # a scorer may have to be fetched, and be large
-        readers = Readers.load("b" if embedded else None, scorer)
-        for what, who in readers.names.items():
-            note(f"{what}: {who}")
     note(f"{len(plan.wanted)} pictures: {len(plan.arms)} methods, k = {k}, {count} each, {settings.steps} steps")
-    if dry_run:
+    if dry_run:  # loads no scorer: it may have to be fetched, and be large
         note(f"CLIP score: {scorer or 'none'}")
         return
+    readers = Readers.load("b" if embedded else None, scorer)
+    for what, who in readers.names.items():
+        note(f"{what}: {who}")
     threads = threads or read_settings(out).get("threads") or max(1, (os.cpu_count() or 1) // (workers or 1))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     team = None

@@ -35,12 +35,11 @@ def auto(
     setting that it names, whatever would be chosen now.
     """
     k = len(loras)
-    before = chosen_before(explained_before())
-    found = before or choice(k, budget)
-    plain = merge(loras)
-    if found is None:
+    now, plain = choice(k, budget), merge(loras)
+    if now is None:
         said = f"merge: there is nothing to choose for {k} LoRA{'s' * (k != 1)}"
         return explained(plain, lambda: said)
+    found = chosen_before(explained_before()) or now
     chosen = resolve("route", found["method"], **found["options"])(loras)
     guided: list[bool] = []  # decided by the first call of a picture
 
@@ -57,7 +56,7 @@ def auto(
 
     if getattr(chosen, "combine", None) is not None:
         plan.combine = combine
-    line = f"{named(found)}: as when this recipe was made" if before else says(found, k)
+    line = says(now, k) if named(found) == named(now) else f"{named(found)}: as when this recipe was made"
     return explained(plan, lambda: line if guided[:1] != [False] else "merge: there is no guidance")
 
 
